@@ -1,0 +1,61 @@
+# `make demo` and `make test` set up what they need; see README.md.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+VENV := .venv
+BASE_PYTHON ?= python3
+PYTHON := $(VENV)/bin/python
+# On a machine without a GPU, the CPU build of torch and the real NCCL library beside it.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+EXTRAS := test,lint,bench$(if $(shell command -v nvidia-smi),,$(comma)cu12)
+comma := ,
+
+NATIVE := distcomm/libdistcomm_native.so
+NATIVE_SOURCES := $(wildcard distcomm/csrc/*)
+JOBS ?= 2
+
+.PHONY: help setup build demo test test-gpu lint format bench clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## Make .venv with all that demo, test and lint need
+
+$(VENV)/.ready: pyproject.toml
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet "$(TORCH)"
+	$(PYTHON) -m pip install --quiet --editable ".[$(EXTRAS)]" --config-settings=wheel.cmake=false
+	touch $@
+
+build: $(NATIVE)  ## Build the C++ library in place; needs a C++ compiler and cmake, no network
+
+$(NATIVE): $(NATIVE_SOURCES)
+	cmake -S distcomm/csrc -B build/native -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/native --parallel $(JOBS)
+	cmake --install build/native --prefix .
+
+demo: setup build  ## A small transformer over 8 processes, compared with one; ARGS="--help"
+	$(PYTHON) scripts/demo.py $(ARGS)
+
+test: setup build  ## The CPU test suite
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-gpu: build  ## The GPU test suite with the current python3, on all GPUs of the machine
+	PYTHONPATH=. $(BASE_PYTHON) -m pytest tests/gpu -m gpu $(ARGS)
+
+lint: setup  ## ruff, mypy, and the direction of imports
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: setup  ## Rewrite the sources in ruff's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: build  ## Benchmarks with the current python3, on all GPUs of the machine
+	PYTHONPATH=. $(BASE_PYTHON) -m torch.distributed.run --standalone --nproc-per-node gpu \
+	  -m distcomm.bench host $(ARGS)
+
+clean:  ## Remove what was built; keeps .venv
+	rm -rf build dist $(NATIVE) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,83 @@
+"""Process groups and collectives for LLM inference.
+
+>>> import distcomm
+>>> with distcomm.init_distributed(tp=8, cp=2) as state:   # in a torchrun-launched process
+...     y = state.tp.all_reduce(x)
+
+`init_distributed` makes a `ParallelState` with one `GroupCoordinator` per axis. Importing this
+package has no side effects.
+"""
+
+from .errors import (
+    AlreadyInitializedError,
+    ArgumentError,
+    CollectiveError,
+    CommunicatorDisabledError,
+    DistcommError,
+    GroupClosedError,
+    GroupMember,
+    InitializationError,
+    LaunchError,
+    LayoutError,
+    NativeLibraryError,
+    NcclError,
+    NcclLibraryError,
+    NotInitializedError,
+)
+from .group import GroupCoordinator
+from .handles import AsyncHandle
+from .layout import ParallelLayout
+from .nccl import NcclLibrary, PyNcclCommunicator
+from .parallel_state import (
+    ParallelState,
+    destroy_distributed,
+    get_attn_tp_group,
+    get_cp_group,
+    get_dp_group,
+    get_ep_group,
+    get_moe_tp_group,
+    get_parallel_state,
+    get_pp_group,
+    get_tp_group,
+    get_world_group,
+    init_distributed,
+    is_initialized,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyInitializedError",
+    "ArgumentError",
+    "AsyncHandle",
+    "CollectiveError",
+    "CommunicatorDisabledError",
+    "DistcommError",
+    "GroupClosedError",
+    "GroupCoordinator",
+    "GroupMember",
+    "InitializationError",
+    "LaunchError",
+    "LayoutError",
+    "NativeLibraryError",
+    "NcclError",
+    "NcclLibrary",
+    "NcclLibraryError",
+    "NotInitializedError",
+    "ParallelLayout",
+    "ParallelState",
+    "PyNcclCommunicator",
+    "__version__",
+    "destroy_distributed",
+    "get_attn_tp_group",
+    "get_cp_group",
+    "get_dp_group",
+    "get_ep_group",
+    "get_moe_tp_group",
+    "get_parallel_state",
+    "get_pp_group",
+    "get_tp_group",
+    "get_world_group",
+    "init_distributed",
+    "is_initialized",
+]

@@ -1,0 +1,127 @@
+"""What one set of ranks communicates through; groups of the same ranks share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from .errors import GroupClosedError, GroupMember
+from .nccl import NcclLibrary, PyNcclCommunicator
+from .process_groups import create_process_group, destroy_process_group
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+__all__ = ["GroupCommunicators", "JobContext"]
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """What all groups of one `init_distributed` share.
+
+    Attributes:
+        device: this rank's device.
+        local_rank: index of this process on its host.
+        store: where ranks meet; private to this initialization.
+        timeout_s: bound of every wait.
+        nccl: the NCCL library; None in a CPU job.
+    """
+
+    device: torch.device
+    local_rank: int
+    store: Store
+    timeout_s: float
+    nccl: NcclLibrary | None
+
+
+class GroupCommunicators:
+    """The process groups and the PyNCCL communicator of one set of ranks.
+
+    Construction is collective among the ranks. A single rank gets no communicator.
+
+    Args:
+        member: this rank's place.
+        job: what all groups share.
+        unique_name: the same on all ranks of the group, never used before in `job.store`.
+        cpu_group: a gloo group of these ranks that exists already; it isn't destroyed here.
+    """
+
+    def __init__(
+        self,
+        member: GroupMember,
+        job: JobContext,
+        unique_name: str,
+        cpu_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._member = member
+        self._job = job
+        self._unique_name = unique_name
+        self._owned: list[dist.ProcessGroup] = []
+        self._cpu_group = cpu_group
+        self._device_group: dist.ProcessGroup | None = None
+        self._closed = False
+        self.pynccl: PyNcclCommunicator | None = None
+        if member.world_size == 1:
+            return
+        try:
+            group = self.cpu_group
+            if job.nccl is not None:
+                self.pynccl = PyNcclCommunicator(
+                    group,
+                    job.device,
+                    name=member.name,
+                    library=job.nccl,
+                    timeout_s=job.timeout_s,
+                )
+        except Exception:
+            self.close()
+            raise
+
+    @property
+    def cpu_group(self) -> dist.ProcessGroup:
+        """The gloo process group. That of a single rank is made when first asked for."""
+        if self._cpu_group is None:
+            self._cpu_group = self._create("gloo")
+        return self._cpu_group
+
+    @property
+    def device_group(self) -> dist.ProcessGroup:
+        """torch's own process group for the job's device; collective when first asked for.
+
+        In a CUDA job an NCCL process group, which costs hundreds of MB of GPU memory; in a CPU
+        job the `cpu_group`.
+        """
+        if self._job.device.type == "cpu":
+            return self.cpu_group
+        if self._device_group is None:
+            group = self._create("nccl")
+            # Connects all ranks now: torch's point-to-point calls would connect two of them.
+            dist.all_reduce(torch.ones(1, device=self._job.device), group=group)
+            self._device_group = group
+        return self._device_group
+
+    def close(self) -> None:
+        """Closes everything that was made here. Idempotent; bounded by the timeout."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.pynccl is not None:
+            self.pynccl.close()
+        while self._owned:
+            destroy_process_group(self._owned.pop())
+
+    def _create(self, backend: str) -> dist.ProcessGroup:
+        if self._closed:
+            raise GroupClosedError(f"the group is closed [{self._member}]")
+        group = create_process_group(
+            backend,
+            self._member,
+            store=self._job.store,
+            unique_name=f"{self._unique_name}/{backend}",
+            timeout_s=self._job.timeout_s,
+        )
+        self._owned.append(group)
+        return group

@@ -1,0 +1,34 @@
+// NCCL's functions, resolved at run time from the libnccl that the Python side has loaded.
+#pragma once
+
+#include <cstddef>
+
+#if defined(__GNUC__)
+#define DISTCOMM_EXPORT extern "C" __attribute__((visibility("default")))
+#else
+#define DISTCOMM_EXPORT extern "C"
+#endif
+
+namespace distcomm {
+
+using NcclComm = void*;
+using CudaStream = void*;
+using NcclResult = int;  // ncclResult_t: 0 is success
+
+inline constexpr NcclResult kNcclSuccess = 0;
+inline constexpr int kNcclUint8 = 1;  // ncclDataType_t
+
+// One resolved symbol table per libnccl. The library stays open while the table lives.
+struct NcclSymbols {
+  void* library = nullptr;
+  NcclResult (*group_start)() = nullptr;
+  NcclResult (*group_end)() = nullptr;
+  NcclResult (*broadcast)(const void*, void*, size_t, int, int, NcclComm, CudaStream) = nullptr;
+  NcclResult (*reduce)(const void*, void*, size_t, int, int, int, NcclComm, CudaStream) = nullptr;
+  NcclResult (*send)(const void*, size_t, int, int, NcclComm, CudaStream) = nullptr;
+  NcclResult (*recv)(void*, size_t, int, int, NcclComm, CudaStream) = nullptr;
+
+  ~NcclSymbols();
+};
+
+}  // namespace distcomm

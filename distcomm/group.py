@@ -1,0 +1,383 @@
+"""`GroupCoordinator`: everything one rank does with one group.
+
+Shapes: W group size, r rank_in_group, T rows of a rank; `sizes` and splits count rows (dim 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .backends import TorchPgBackend
+from .checks import check_dim
+from .communicators import GroupCommunicators, JobContext
+from .errors import ArgumentError, GroupClosedError, GroupMember
+from .group_objects import ObjectCollectives
+from .handles import AsyncHandle, CompletedHandle, StreamHandle, WorkHandle
+from .nccl import PyNcclCommunicator
+from .objects import ObjectChannel
+from .process_groups import collective_errors
+from .routing import Router
+
+__all__ = ["GroupCoordinator"]
+
+
+class GroupCoordinator(ObjectCollectives):
+    """One rank's side of one group: its collectives, and what they run on.
+
+    Made by `init_distributed` or `ParallelState.create_group`. Unless said otherwise, a call is
+    collective: all ranks of the group make it, in the same order. `src`, `dst` are ranks in the
+    group. Tensors may be on CPU, also in a CUDA job, and non-contiguous; outputs are contiguous.
+    CUDA work goes to the current stream. A call returns its result and changes an argument only
+    where its name or ``out`` says so. In a group of one nothing is copied: where no output is
+    given, a result may be the argument itself.
+
+    All calls raise `ArgumentError` before anything is sent if an argument doesn't fit,
+    `CollectiveError` or `NcclError` if the collective fails, `GroupClosedError` afterwards.
+
+    Attributes:
+        name: the group's name.
+        rank: this process's global rank.
+        ranks: global ranks of the group, in group order.
+        world_size: number of ranks in the group.
+        rank_in_group: this process's index in `ranks`.
+        local_rank: index of this process on its host.
+        device: this rank's device.
+    """
+
+    def __init__(
+        self, member: GroupMember, communicators: GroupCommunicators, job: JobContext
+    ) -> None:
+        self.member = member
+        self.name = member.name
+        self.rank = member.rank
+        self.ranks = list(member.ranks)
+        self.world_size = member.world_size
+        self.rank_in_group = member.rank_in_group
+        self.local_rank = job.local_rank
+        self.device = job.device
+        self._timeout_s = job.timeout_s
+        self._communicators = communicators
+        self._closed = False
+        self._router = Router(member, communicators, job)
+        self._route = self._router.route
+
+    def __repr__(self) -> str:
+        return f"GroupCoordinator({self.member}, device={self.device}, ranks={self.ranks})"
+
+    # ---- identity ---------------------------------------------------------------------------
+
+    @property
+    def first_rank(self) -> int:
+        """Global rank of the group's first member."""
+        return self.ranks[0]
+
+    @property
+    def last_rank(self) -> int:
+        """Global rank of the group's last member."""
+        return self.ranks[-1]
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank_in_group == 0
+
+    @property
+    def is_last_rank(self) -> bool:
+        return self.rank_in_group == self.world_size - 1
+
+    @property
+    def next_rank(self) -> int:
+        """Global rank of the next member; after the last comes the first."""
+        return self.ranks[self._next_rank_in_group]
+
+    @property
+    def prev_rank(self) -> int:
+        """Global rank of the previous member; before the first comes the last."""
+        return self.ranks[self._prev_rank_in_group]
+
+    @property
+    def cpu_group(self) -> dist.ProcessGroup:
+        """A gloo process group of these ranks, for use with `torch.distributed`."""
+        return self._communicators.cpu_group
+
+    @property
+    def device_group(self) -> dist.ProcessGroup:
+        """torch's process group for `device`. Made, collectively, when first asked for."""
+        return self._communicators.device_group
+
+    @property
+    def pynccl_comm(self) -> PyNcclCommunicator | None:
+        """The NCCL communicator; None on CPU and in a group of one."""
+        return self._communicators.pynccl
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of this rank: ``{"ops": {op: {backend: {"calls", "bytes"}}}, "fallbacks":
+        {reason: calls}}``. Bytes are those of the call's tensor argument. Not collective."""
+        return self._router.stats()
+
+    def close(self) -> None:
+        """Ends the group's use on this rank; its communicators live on for groups that share
+        them. Idempotent. Not collective."""
+        self._closed = True
+        self._router.close()
+
+    # ---- reductions -------------------------------------------------------------------------
+
+    def all_reduce(
+        self, x: torch.Tensor, op: str = "sum", out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The reduction of all ranks' `x`, on every rank.
+
+        Args:
+            x: any shape, the same on all ranks. Unchanged, unless `out` is `x`.
+            op: ``sum``, ``prod``, ``max``, ``min``, or ``avg`` (floating dtypes only).
+            out: like `x`; where the result goes.
+
+        Returns:
+            `out`, or a new tensor.
+        """
+        return self._route("all_reduce", x).all_reduce(x, op, out)
+
+    def reduce(
+        self, x: torch.Tensor, dst: int = 0, op: str = "sum", out: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The reduction of all ranks' `x` on rank `dst`; None on the others.
+
+        `op` and `out` as in `all_reduce`; `out` is looked at on `dst` alone.
+        """
+        return self._route("reduce", x).reduce(x, dst, op, out)
+
+    def reduce_scatter(self, x: torch.Tensor, dim: int = -1, op: str = "sum") -> torch.Tensor:
+        """This rank's share, along `dim`, of the reduction of all ranks' `x`.
+
+        Args:
+            x: the same shape on all ranks, divisible by W in `dim`.
+
+        Returns:
+            A new tensor: the r-th of W equal chunks of the sum along `dim`.
+        """
+        call = "reduce_scatter"
+        dim = check_dim(call, dim, x.dim(), self.member)
+        share, remainder = divmod(x.shape[dim], self.world_size)
+        if remainder:
+            raise ArgumentError(
+                "x",
+                f"divisible by the group size {self.world_size} in dim {dim}",
+                f"shape {list(x.shape)}",
+                call=call,
+                member=self.member,
+            )
+        backend = self._route(call, x)
+        chunks = x.unflatten(dim, (self.world_size, share)).movedim(dim, 0)
+        return backend.reduce_scatter_tensor(x.new_empty(chunks.shape[1:]), chunks, op)
+
+    def reduce_scatter_tensor(
+        self, output: torch.Tensor, input: torch.Tensor, op: str = "sum"
+    ) -> torch.Tensor:
+        """Writes this rank's share of the reduction of all ranks' `input` into `output`.
+
+        Args:
+            output: [T, ...].
+            input: [W * T, ...] or [W, T, ...].
+
+        Returns:
+            `output`.
+        """
+        backend = self._route("reduce_scatter_tensor", input)
+        return backend.reduce_scatter_tensor(output, input, op)
+
+    def reduce_scatterv(
+        self,
+        x: torch.Tensor,
+        sizes: Sequence[int],
+        out: torch.Tensor | None = None,
+        op: str = "sum",
+    ) -> torch.Tensor:
+        """This rank's share of `sizes[r]` rows of the reduction of all ranks' `x`.
+
+        Args:
+            x: [sum(sizes), ...].
+            sizes: rows of each rank's share, the same on all ranks; may be 0.
+            out: [sizes[r], ...].
+
+        Returns:
+            `out`, or a new tensor.
+        """
+        return self._route("reduce_scatterv", x).reduce_scatterv(x, sizes, out, op)
+
+    # ---- data movement, any dtype -----------------------------------------------------------
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """All ranks' `x`, concatenated along `dim` in group order.
+
+        Args:
+            x: the same shape on all ranks, at least one dim.
+        """
+        dim = check_dim("all_gather", dim, x.dim(), self.member)
+        backend = self._route("all_gather", x)
+        if self.world_size == 1:
+            return x
+        stacked = x.new_empty((self.world_size, *x.shape))
+        return _concatenated(backend.all_gather_into_tensor(stacked, x), dim)
+
+    def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """Writes all ranks' `input` into `output`, in group order.
+
+        Args:
+            output: [W * T, ...] or [W, T, ...].
+            input: [T, ...], the same shape on all ranks; may be this rank's share of `output`.
+
+        Returns:
+            `output`.
+        """
+        backend = self._route("all_gather_into_tensor", input)
+        return backend.all_gather_into_tensor(output, input)
+
+    def all_gatherv(
+        self, x: torch.Tensor, sizes: Sequence[int], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """All ranks' `x`, which may differ in rows, one after another.
+
+        Args:
+            x: [sizes[r], ...].
+            sizes: rows of each rank, the same on all ranks; may be 0.
+            out: [sum(sizes), ...].
+
+        Returns:
+            `out`, or a new tensor.
+        """
+        return self._route("all_gatherv", x).all_gatherv(x, sizes, out)
+
+    def cp_all_gather_into_tensor_async(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        stream: torch.cuda.Stream | None = None,
+    ) -> AsyncHandle:
+        """Starts an `all_gather_into_tensor` beside the caller's work.
+
+        On CUDA it runs on `stream`, after all that the current stream was given before. `output`
+        is ready, and `input` may be changed again, after the handle's `wait()`, which makes the
+        current stream wait and doesn't block the host. On CPU `stream` is ignored, and
+        `wait()` blocks.
+
+        Args:
+            output: [W * T, ...] or [W, T, ...].
+            input: [T, ...], the same shape on all ranks.
+            stream: a CUDA stream of this rank's device; required for CUDA tensors.
+        """
+        call = "cp_all_gather_into_tensor_async"
+        backend = self._route(call, input)
+        if input.is_cuda:
+            stream = self._checked_stream(call, stream)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                backend.all_gather_into_tensor(output, input)
+            return StreamHandle(stream, (output, input))
+        if isinstance(backend, TorchPgBackend):
+            work = backend.all_gather_into_tensor_async(output, input)
+            return WorkHandle(work, call, self.member, (output, input))
+        backend.all_gather_into_tensor(output, input)
+        return CompletedHandle()
+
+    def all_to_all_single(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_splits: Sequence[int] | None = None,
+        input_splits: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Sends the i-th piece of `input` to rank i, which gets it as piece r of `output`.
+
+        Args:
+            output: [sum(output_splits), ...].
+            input: [sum(input_splits), ...]; must not overlap `output`.
+            output_splits: rows that come from each rank; None: equal shares.
+            input_splits: rows that go to each rank; None: equal shares.
+
+        Returns:
+            `output`.
+        """
+        backend = self._route("all_to_all_single", input)
+        return backend.all_to_all_single(output, input, output_splits, input_splits)
+
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Overwrites `x` with rank `src`'s; same shape and dtype on all ranks. Returns `x`."""
+        return self._route("broadcast", x).broadcast(x, src)
+
+    def gather(self, x: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
+        """All ranks' `x`, concatenated along `dim`, on rank `dst`; None on the others."""
+        dim = check_dim("gather", dim, x.dim(), self.member)
+        stacked = self._route("gather", x).gather(x, dst)
+        return None if stacked is None else _concatenated(stacked, dim)
+
+    def send(self, x: torch.Tensor, dst: int | None = None) -> None:
+        """Sends `x` to rank `dst` (default: the next), which must call `recv`. Not collective."""
+        dst = self._next_rank_in_group if dst is None else dst
+        self._route("send", x).send(x, dst)
+
+    def recv(
+        self,
+        shape_or_out: torch.Tensor | Sequence[int],
+        dtype: torch.dtype | None = None,
+        src: int | None = None,
+    ) -> torch.Tensor:
+        """What rank `src` (default: the previous) sends. Not collective.
+
+        Args:
+            shape_or_out: the tensor to overwrite, or the shape of a new one on `device`.
+            dtype: of the new tensor; not given with a tensor to overwrite.
+        """
+        src = self._prev_rank_in_group if src is None else src
+        if isinstance(shape_or_out, torch.Tensor):
+            out = shape_or_out
+            if dtype not in (None, out.dtype):
+                raise ArgumentError(
+                    "dtype", f"{out.dtype}, as out's", dtype, call="recv", member=self.member
+                )
+        elif dtype is None:
+            raise ArgumentError(
+                "dtype", "given with a shape", None, call="recv", member=self.member
+            )
+        else:
+            out = torch.empty(tuple(shape_or_out), dtype=dtype, device=self.device)
+        return self._route("recv", out).recv(out, src)
+
+    def barrier(self) -> None:
+        """Waits on the host until all ranks have come; doesn't wait for CUDA work.
+
+        Raises:
+            CollectiveError: a rank didn't come within the timeout; rank 0's names all missing.
+        """
+        self._refuse_if_closed("barrier")
+        if self.world_size > 1:
+            with collective_errors("barrier", self.member):
+                dist.monitored_barrier(
+                    self.cpu_group, timedelta(seconds=self._timeout_s), wait_all_ranks=True
+                )
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    def _checked_stream(self, call: str, stream: torch.cuda.Stream | None) -> torch.cuda.Stream:
+        if stream is None or stream.device != self.device:
+            raise ArgumentError(
+                "stream", f"a CUDA stream of {self.device}", stream, call=call, member=self.member
+            )
+        return stream
+
+    def _channel(self, call: str) -> ObjectChannel:
+        self._refuse_if_closed(call)
+        return ObjectChannel(self.member, self.cpu_group if self.world_size > 1 else None)
+
+    def _refuse_if_closed(self, call: str) -> None:
+        if self._closed:
+            raise GroupClosedError(f"{call}: the group is closed [{self.member}]")
+
+
+def _concatenated(stacked: torch.Tensor, dim: int) -> torch.Tensor:
+    """[W, *shape] -> shape with W times as much in `dim`; a view for dim 0, else a copy."""
+    return stacked.movedim(0, dim).flatten(dim, dim + 1)

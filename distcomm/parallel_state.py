@@ -1,0 +1,406 @@
+"""`init_distributed`: from a launch and a few sizes to the groups of this rank.
+
+The one mutable state of this package is `_current`, the `ParallelState` in force.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .communicators import GroupCommunicators, JobContext
+from .devices import CudaProbe, agreed_device_type, check_device, probe_cuda
+from .errors import (
+    AlreadyInitializedError,
+    ArgumentError,
+    DistcommError,
+    GroupClosedError,
+    GroupMember,
+    InitializationError,
+    NotInitializedError,
+)
+from .group import GroupCoordinator
+from .layout import ParallelLayout
+from .objects import ObjectChannel
+from .process_groups import create_default_process_group, destroy_default_process_group
+from .rendezvous import Launch, check_in, find_launch, open_store
+
+__all__ = [
+    "ParallelState",
+    "destroy_distributed",
+    "get_attn_tp_group",
+    "get_cp_group",
+    "get_dp_group",
+    "get_ep_group",
+    "get_moe_tp_group",
+    "get_parallel_state",
+    "get_pp_group",
+    "get_tp_group",
+    "get_world_group",
+    "init_distributed",
+    "is_initialized",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class ParallelState:
+    """All groups of this rank. Made by `init_distributed`; a context manager that closes them.
+
+    Groups of the same ranks share their communicators; each has its own name and counters.
+
+    Attributes:
+        layout: which ranks form which groups.
+        rank, world_size, local_rank, device: this process's place.
+        world, tp, cp, attn_tp, pp, dp, ep, moe_tp: the groups.
+    """
+
+    world: GroupCoordinator
+    tp: GroupCoordinator
+    cp: GroupCoordinator
+    attn_tp: GroupCoordinator
+    pp: GroupCoordinator
+    dp: GroupCoordinator
+    ep: GroupCoordinator
+    moe_tp: GroupCoordinator
+
+    def __init__(self, layout: ParallelLayout, launch: Launch, job: JobContext) -> None:
+        self.layout = layout
+        self.rank = launch.rank
+        self.world_size = launch.world_size
+        self.local_rank = job.local_rank
+        self.device = job.device
+        self._job = job
+        self._groups: dict[str, GroupCoordinator] = {}
+        self._communicators: dict[tuple[int, ...], GroupCommunicators] = {}
+        self._owns_default_group = launch.init_method is not None
+        self._closed = False
+        try:
+            self._build_groups()
+        except RuntimeError as error:
+            self.close()
+            if isinstance(error, DistcommError):
+                raise
+            what = "building the process groups failed"
+            raise InitializationError(what, {self.rank: str(error)}, rank=self.rank) from error
+
+    @property
+    def groups(self) -> dict[str, GroupCoordinator]:
+        """All groups of this rank by name, also those of `create_group`."""
+        return dict(self._groups)
+
+    def create_group(self, name: str, ranks: Sequence[int]) -> GroupCoordinator:
+        """Makes another group, of any ranks. Collective among `ranks` only.
+
+        Args:
+            name: a new name; the same on all members.
+            ranks: global ranks in group order, the same on all members; this rank is one.
+        """
+        if self._closed:
+            raise GroupClosedError(f"create_group: the state is closed [rank {self.rank}]")
+        if name in self._groups:
+            raise ArgumentError(
+                "name", "a new group name", f"{name!r} [rank {self.rank}]", call="create_group"
+            )
+        valid = all(type(r) is int and 0 <= r < self.world_size for r in ranks)
+        if not valid or len(set(ranks)) != len(ranks) or self.rank not in ranks:
+            raise ArgumentError(
+                "ranks",
+                f"distinct ranks from 0 to {self.world_size - 1}, the caller's among them",
+                f"{list(ranks)} [rank {self.rank}]",
+                call="create_group",
+            )
+        return self._add_group(name, tuple(ranks))
+
+    def close(self) -> None:
+        """Closes all groups and what this state has made. Idempotent; every wait is bounded.
+
+        Not collective, but no rank should still be in a collective. torch's default process
+        group is destroyed if `init_distributed` made it.
+        """
+        global _current
+        if self._closed:
+            return
+        self._closed = True
+        if _current is self:
+            _current = None
+        for group in self._groups.values():
+            group.close()
+        for communicators in reversed(self._communicators.values()):
+            communicators.close()
+        if self._owns_default_group:
+            destroy_default_process_group()
+
+    def describe(self) -> str:
+        """The layout and what this rank runs on, as text."""
+        nccl = self._job.nccl
+        runs_on = f"NCCL {nccl.version_text} ({nccl.path})" if nccl else "gloo"
+        return (
+            f"{self.layout}\nrank {self.rank}: device {self.device}, local rank "
+            f"{self.local_rank}, {runs_on}"
+        )
+
+    def __enter__(self) -> ParallelState:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _build_groups(self) -> None:
+        if self._owns_default_group:
+            default_group = create_default_process_group(
+                self.rank, self.world_size, self._job.store, self._job.timeout_s
+            )
+        else:
+            default_group = None
+        everyone = tuple(range(self.world_size))
+        self._communicators[everyone] = GroupCommunicators(
+            GroupMember("world", everyone, self.rank),
+            self._job,
+            _unique_name(everyone),
+            cpu_group=default_group,
+        )
+        self.world = self._add_group("world", everyone)
+        for axis, ranks in self.layout.groups_of(self.rank).items():
+            self._add_axis(axis, ranks)
+
+    def _add_axis(self, axis: str, ranks: tuple[int, ...]) -> None:
+        """Makes the groups of one axis, everywhere or nowhere."""
+        known = ranks in self._communicators
+        failure = None
+        try:
+            setattr(self, axis, self._add_group(axis, ranks))
+        except (DistcommError, RuntimeError) as error:
+            failure = str(error)
+        if not known and len(ranks) > 1:
+            everyone = ObjectChannel(self.world.member, self.world.cpu_group)
+            everyone.agree(f"making the {axis} groups failed", failure)
+
+    def _add_group(self, name: str, ranks: tuple[int, ...]) -> GroupCoordinator:
+        member = GroupMember(name, ranks, self.rank)
+        if ranks not in self._communicators:
+            self._communicators[ranks] = GroupCommunicators(member, self._job, _unique_name(ranks))
+        group = GroupCoordinator(member, self._communicators[ranks], self._job)
+        self._groups[name] = group
+        return group
+
+
+_current: ParallelState | None = None
+
+
+def init_distributed(  # noqa: PLR0913 - a launch and its sizes have that many parts
+    tp: int = 1,
+    cp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    ep: int = 1,
+    *,
+    cp_layout: str = "auto",
+    order: str = "tp-cp-pp-dp",
+    device: str = "auto",
+    timeout: float | timedelta = 300.0,
+    init_method: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    local_rank: int | None = None,
+) -> ParallelState:
+    """Makes all groups of this rank. Collective among all ranks of the job.
+
+    The ranks are found in torchrun's environment variables, in torch's default process group if
+    there is one, or in `init_method`, `rank` and `world_size`.
+
+    Args:
+        tp, cp, pp, dp, ep: sizes of tensor, context, pipeline, data and expert parallelism.
+        cp_layout: ``"inside_tp"``, ``"beside_tp"`` or ``"auto"``; see `ParallelLayout`.
+        order: axes, fastest-varying first.
+        device: ``"cuda"``, ``"cpu"``, or ``"auto"``: CUDA if every rank has a GPU of its own and
+            can load NCCL, else CPU with gloo. Agreed by all ranks.
+        timeout: seconds that each step of initialization, each CPU collective and closing may
+            take.
+        init_method: where the ranks meet, e.g. ``"tcp://host:port"`` or ``"file:///path"``.
+        rank, world_size: this process's global rank, and the number of processes.
+        local_rank: index of this process on its host; chooses its GPU.
+
+    Returns:
+        The state, which the module-level getters read too. Close it with `destroy_distributed()`
+        or a ``with`` block.
+
+    Raises:
+        AlreadyInitializedError: there is a state already.
+        LaunchError: this process doesn't know its job.
+        LayoutError: the sizes don't fit the world size.
+        InitializationError: any rank failed, didn't come, or was given other arguments. It is
+            raised on every rank and names the ranks. Nothing is left half-made.
+    """
+    global _current
+    if _current is not None:
+        raise AlreadyInitializedError(
+            "init_distributed() was called before; call destroy_distributed() first "
+            f"[rank {_current.rank}]"
+        )
+    timeout_s = _checked_timeout(timeout)
+    launch = find_launch(init_method, rank, world_size, local_rank)
+    wish = _Wish({"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep}, order, cp_layout, device)
+    layout, job = _agree(wish, launch, timeout_s)
+    _current = ParallelState(layout, launch, job)
+    return _current
+
+
+def is_initialized() -> bool:
+    """Whether there is a `ParallelState` in force."""
+    return _current is not None
+
+
+def destroy_distributed() -> None:
+    """Closes the state in force, if there is one. Not collective; see `ParallelState.close`."""
+    if _current is not None:
+        _current.close()
+
+
+def get_parallel_state() -> ParallelState:
+    """The state in force.
+
+    Raises:
+        NotInitializedError: there is none. The getters below raise it too.
+    """
+    if _current is None:
+        raise NotInitializedError("no groups yet: call init_distributed() first")
+    return _current
+
+
+def get_world_group() -> GroupCoordinator:
+    """The group of all ranks."""
+    return get_parallel_state().world
+
+
+def get_tp_group() -> GroupCoordinator:
+    """This rank's tensor-parallel group."""
+    return get_parallel_state().tp
+
+
+def get_cp_group() -> GroupCoordinator:
+    """This rank's context-parallel group."""
+    return get_parallel_state().cp
+
+
+def get_attn_tp_group() -> GroupCoordinator:
+    """The ranks that share this rank's part of the sequence and split its attention heads."""
+    return get_parallel_state().attn_tp
+
+
+def get_pp_group() -> GroupCoordinator:
+    """This rank's pipeline-parallel group."""
+    return get_parallel_state().pp
+
+
+def get_dp_group() -> GroupCoordinator:
+    """This rank's data-parallel group."""
+    return get_parallel_state().dp
+
+
+def get_ep_group() -> GroupCoordinator:
+    """This rank's expert-parallel group."""
+    return get_parallel_state().ep
+
+
+def get_moe_tp_group() -> GroupCoordinator:
+    """The ranks that split the experts of this rank among them."""
+    return get_parallel_state().moe_tp
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What the caller asked for; must be the same on all ranks."""
+
+    sizes: dict[str, int]
+    order: str
+    cp_layout: str
+    device: str
+
+    def layout(self, world_size: int) -> ParallelLayout:
+        return ParallelLayout(world_size, **self.sizes, order=self.order, cp_layout=self.cp_layout)
+
+    def as_json(self, world_size: int) -> dict[str, Any]:
+        # As text: a wrong value may be of a type that JSON hasn't.
+        wishes = {**self.sizes, "order": self.order, "cp_layout": self.cp_layout}
+        return {
+            "world_size": world_size,
+            **{name: repr(value) for name, value in wishes.items()},
+            "device": repr(self.device),
+        }
+
+
+def _agree(wish: _Wish, launch: Launch, timeout_s: float) -> tuple[ParallelLayout, JobContext]:
+    """The layout and the device that all ranks will use. Collective; the same error on all."""
+    store = open_store(launch, timeout_s)
+    local_rank = launch.rank if launch.local_rank is None else launch.local_rank
+    probe, problem = CudaProbe(), None
+    try:
+        check_device(wish.device, launch.rank)
+        layout = wish.layout(launch.world_size)
+        if wish.device != "cpu":
+            probe = probe_cuda(local_rank)
+    except DistcommError as error:
+        problem = error
+    try:
+        reports = check_in(
+            store,
+            launch,
+            report=probe.as_json(),
+            must_agree=wish.as_json(launch.world_size),
+            failure=None if problem is None else str(problem),
+            timeout_s=timeout_s,
+        )
+    except InitializationError:
+        if problem is not None:
+            raise problem from None
+        raise
+    device_type, problems = agreed_device_type(wish.device, reports, launch.rank)
+    if launch.rank == 0:
+        _log_choices(layout, wish, problems)
+    device, nccl = torch.device("cpu"), None
+    if device_type == "cuda":
+        device, nccl = torch.device("cuda", probe.device_index), probe.nccl
+        torch.cuda.set_device(device)
+    return layout, JobContext(device, local_rank, store, timeout_s, nccl)
+
+
+def _log_choices(layout: ParallelLayout, wish: _Wish, problems: dict[int, str]) -> None:
+    if wish.cp_layout == "auto" and layout.cp > 1:
+        logger.info("cp_layout='auto' is %s for %d ranks", layout.cp_layout, layout.world_size)
+    if problems and wish.device == "auto":
+        rank, problem = next(iter(problems.items()))
+        logger.info(
+            "device='auto' is cpu, because CUDA isn't usable on %d rank(s); rank %d: %s",
+            len(problems),
+            rank,
+            problem,
+        )
+
+
+def _checked_timeout(timeout: float | timedelta) -> float:
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        raise ArgumentError(
+            "timeout", "a finite number of seconds > 0", repr(timeout), call="init_distributed"
+        )
+    return float(seconds)
+
+
+def _unique_name(ranks: tuple[int, ...]) -> str:
+    """A name for a set of ranks that is the same on all of them."""
+    digest = hashlib.sha256(repr(ranks).encode()).hexdigest()
+    return f"distcomm/{digest[:32]}"

@@ -1,0 +1,119 @@
+"""The only place that creates torch process groups, and that reads their stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from .errors import CollectiveError, DistcommError, GroupMember
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+__all__ = [
+    "collective_errors",
+    "create_default_process_group",
+    "create_process_group",
+    "destroy_default_process_group",
+    "destroy_process_group",
+    "member_of",
+    "process_group_store",
+]
+
+
+def create_process_group(
+    backend: str,
+    member: GroupMember,
+    *,
+    store: Store,
+    unique_name: str,
+    timeout_s: float,
+) -> dist.ProcessGroup:
+    """Creates a process group with local synchronization: only its members take part.
+
+    Collective among `member.ranks`. Registered with `torch.distributed`, so that torch's own
+    functions accept it.
+
+    torch's `new_group(use_local_synchronization=True)` isn't used, because it derives the name
+    under which the members meet from how many groups this process has: ranks that are in
+    different numbers of groups would wait for each other for ever, and a group made again would
+    read the old one's addresses from the store.
+
+    Args:
+        backend: ``"gloo"`` or ``"nccl"``.
+        member: this rank's place.
+        store: where the members meet.
+        unique_name: the same on all members, and never used before with this store.
+        timeout_s: seconds that creation and every operation of the group may take.
+    """
+    group: dist.ProcessGroup
+    group, _ = c10d._new_process_group_helper(
+        member.world_size,
+        member.rank_in_group,
+        list(member.ranks),
+        c10d.Backend(backend),
+        store,
+        c10d.GroupName(unique_name),
+        timeout=timedelta(seconds=timeout_s),
+        group_desc=f"distcomm {member.name}",
+    )
+    c10d._world.pg_group_ranks[group] = {
+        rank: rank_in_group for rank_in_group, rank in enumerate(member.ranks)
+    }
+    return group
+
+
+def create_default_process_group(
+    rank: int, world_size: int, store: Store, timeout_s: float
+) -> dist.ProcessGroup:
+    """Makes torch's default process group, on gloo. Collective among all ranks."""
+    dist.init_process_group(
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    group: dist.ProcessGroup = c10d._get_default_group()
+    return group
+
+
+def destroy_default_process_group() -> None:
+    """Destroys torch's default process group, and with it all others. Local."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def destroy_process_group(group: dist.ProcessGroup) -> None:
+    """Destroys a group of `create_process_group`. Local; nothing may be under way in it."""
+    # When the caller's default group has gone already, torch has destroyed ours with it.
+    if group in c10d._world.pg_map:
+        dist.destroy_process_group(group)
+
+
+def process_group_store(group: dist.ProcessGroup) -> Store:
+    """The key-value store of a process group, with the group's own key prefix."""
+    store: Store = c10d._get_process_group_store(group)
+    return store
+
+
+def member_of(group: dist.ProcessGroup, name: str) -> GroupMember:
+    """This process's place in a torch process group."""
+    ranks: Sequence[int] = dist.get_process_group_ranks(group)
+    return GroupMember(name, tuple(ranks), dist.get_rank())
+
+
+@contextmanager
+def collective_errors(call: str, member: GroupMember) -> Iterator[None]:
+    """Turns what torch raises from a failed or timed-out operation into `CollectiveError`."""
+    try:
+        yield
+    except DistcommError:
+        raise
+    except RuntimeError as error:
+        raise CollectiveError(call, error, member=member) from error

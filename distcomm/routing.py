@@ -1,0 +1,131 @@
+"""From a call to the backend that runs it: choices made once per kind of call, and counted."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from .backends import Backend, LocalBackend, TorchPgBackend
+from .communicators import GroupCommunicators, JobContext
+from .dispatch import GroupFacts, Request, choose_backend
+from .errors import ArgumentError, GroupClosedError, GroupMember
+
+__all__ = ["Router"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Route:
+    """The backend of one kind of call, and how often it was taken."""
+
+    __slots__ = ("backend", "backend_name", "calls", "fallback_reason", "num_bytes")
+
+    def __init__(self, backend: Backend, backend_name: str, fallback_reason: str | None) -> None:
+        self.backend = backend
+        self.backend_name = backend_name
+        self.fallback_reason = fallback_reason
+        self.calls = 0
+        self.num_bytes = 0
+
+
+class Router:
+    """Finds the backend for each call of one group.
+
+    Args:
+        member: this rank's place in the group.
+        communicators: what the group communicates through.
+        job: what all groups share.
+    """
+
+    def __init__(
+        self, member: GroupMember, communicators: GroupCommunicators, job: JobContext
+    ) -> None:
+        self._member = member
+        self._communicators = communicators
+        self._job = job
+        self._pynccl = communicators.pynccl
+        self._backends: dict[str, Backend] = {}
+        self._routes: dict[tuple[str, bool, bool], _Route] = {}
+        self._closed = False
+
+    def route(self, op: str, x: torch.Tensor) -> Backend:
+        """The backend for `op` on tensors like `x`; counts the call.
+
+        Raises:
+            ArgumentError: the group can't take tensors of x's device.
+            GroupClosedError: the group is closed.
+        """
+        on_cuda = x.is_cuda
+        pynccl = self._pynccl
+        key = (op, on_cuda, pynccl is not None and pynccl.enabled)
+        route = self._routes.get(key)
+        if route is None:
+            route = self._routes[key] = self._resolve(*key)
+        route.calls += 1
+        route.num_bytes += x.nbytes
+        return route.backend
+
+    def stats(self) -> dict[str, Any]:
+        """Calls and bytes per op and backend, and how often a fallback was taken and why."""
+        ops: dict[str, dict[str, dict[str, int]]] = {}
+        fallbacks: dict[str, int] = {}
+        for (op, _, _), route in self._routes.items():
+            counters = ops.setdefault(op, {}).setdefault(
+                route.backend_name, {"calls": 0, "bytes": 0}
+            )
+            counters["calls"] += route.calls
+            counters["bytes"] += route.num_bytes
+            if route.fallback_reason is not None:
+                fallbacks[route.fallback_reason] = (
+                    fallbacks.get(route.fallback_reason, 0) + route.calls
+                )
+        return {"ops": ops, "fallbacks": fallbacks}
+
+    def close(self) -> None:
+        """Later calls raise `GroupClosedError`."""
+        self._closed = True
+        self._routes = {}
+
+    def _resolve(self, op: str, on_cuda: bool, pynccl_enabled: bool) -> _Route:
+        if self._closed:
+            raise GroupClosedError(f"{op}: the group is closed [{self._member}]")
+        job_device = self._job.device
+        choice = choose_backend(
+            Request(op, "cuda" if on_cuda else "cpu"),
+            GroupFacts(self._member.world_size, job_device.type, pynccl_enabled),
+        )
+        if choice is None:
+            raise ArgumentError(
+                "x",
+                f"on {job_device}, the device that init_distributed chose",
+                "a CUDA tensor",
+                call=op,
+                member=self._member,
+            )
+        if choice.fallback_reason is not None:
+            logger.warning(
+                "%s: using '%s', because %s [%s]",
+                op,
+                choice.backend,
+                choice.fallback_reason,
+                self._member,
+            )
+        return _Route(self._backend(choice.backend), choice.backend, choice.fallback_reason)
+
+    def _backend(self, name: str) -> Backend:
+        if name not in self._backends:
+            self._backends[name] = self._make_backend(name)
+        return self._backends[name]
+
+    def _make_backend(self, name: str) -> Backend:
+        if name == "pynccl" and self._pynccl is not None:
+            return self._pynccl
+        if name == "gloo":
+            group = self._communicators.cpu_group
+            return TorchPgBackend(self._member, group, torch.device("cpu"))
+        if name == "torch_nccl":
+            group = self._communicators.device_group
+            return TorchPgBackend(self._member, group, self._job.device)
+        return LocalBackend(self._member)
