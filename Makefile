@@ -6,9 +6,13 @@ VENV := .venv
 BASE_PYTHON ?= python3
 PYTHON := $(VENV)/bin/python
 # On a machine without a GPU, the CPU build of torch and the real NCCL library beside it.
-TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
-EXTRAS := test,lint,bench$(if $(shell command -v nvidia-smi),,$(comma)cu12)
-comma := ,
+ifeq ($(shell command -v nvidia-smi),)
+TORCH ?= torch==2.13.0
+EXTRAS := test,lint,bench,cu12
+else
+TORCH ?= torch>=2.11
+EXTRAS := test,lint,bench
+endif
 
 NATIVE := distcomm/libdistcomm_native.so
 NATIVE_SOURCES := $(wildcard distcomm/csrc/*)

@@ -8,7 +8,7 @@ that rank alone, whatever the size of the world.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeGuard
 
@@ -222,7 +222,7 @@ class ParallelLayout:
     def _working_launches(self, changes: tuple[str, ...]) -> list[str]:
         """For each cp_layout, what the sizes need and what a dp near the world size needs."""
         given, found = self._sizes(), set()
-        for cp_layout in _DIMENSIONS:
+        for cp_layout in self._distinct_cp_layouts():
             sizes = _nearest_valid_sizes(cp_layout, given)
             needed = _num_ranks(cp_layout, sizes)
             wanted = self.world_size if _is_size(self.world_size) else needed
@@ -235,6 +235,12 @@ class ParallelLayout:
                 text = _format_launch(cp_layout, num_ranks, [*changed, *changes])
                 found.add((abs(num_ranks - wanted), len(changed), text))
         return [text for *_, text in sorted(found)]
+
+    def _distinct_cp_layouts(self) -> Iterable[str]:
+        """For cp = 1 both are the same."""
+        if self.cp != 1:
+            return _DIMENSIONS
+        return [self.cp_layout if self.cp_layout in _DIMENSIONS else "inside_tp"]
 
 
 def _is_int(value: object) -> TypeGuard[int]:

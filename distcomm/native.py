@@ -49,16 +49,21 @@ def _open_native(directory: Path) -> ctypes.CDLL:
         raise NativeLibraryError(
             f"{path} doesn't exist: run `make build` in the source tree, or install the wheel"
         )
-    library = ctypes.CDLL(str(path))
-    version = library.distcomm_abi_version()
-    if version != _ABI_VERSION:
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.distcomm_abi_version()
+        if version != _ABI_VERSION:
+            raise NativeLibraryError(
+                f"{path} has ABI version {version}, this code needs {_ABI_VERSION}: "
+                "run `make build` again, or reinstall"
+            )
+        for name, (restype, argtypes) in _PROTOTYPES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = restype, argtypes
+    except (OSError, AttributeError) as error:
         raise NativeLibraryError(
-            f"{path} has ABI version {version}, this code needs {_ABI_VERSION}: "
-            "run `make build` again, or reinstall"
-        )
-    for name, (restype, argtypes) in _PROTOTYPES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = restype, argtypes
+            f"{path} can't be used: {error}; run `make build` again, or reinstall"
+        ) from error
     return library
 
 

@@ -5,7 +5,6 @@ Shapes: W group size, r rank_in_group; `sizes` and splits count rows (dim 0).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -270,4 +269,5 @@ class TorchPgBackend:
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
     """uint8 [B] over the memory of `x`, or of a copy where `x` isn't contiguous."""
-    return x.reshape(math.prod(x.shape)).view(torch.uint8)
+    # Not reshape: it keeps the stride 0 of an expanded dim, which `view` refuses.
+    return x.contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8)

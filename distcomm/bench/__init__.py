@@ -1,0 +1,1 @@
+"""Benchmarks: ``torchrun --nproc-per-node N -m distcomm.bench NAME``."""

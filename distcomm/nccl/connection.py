@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -25,6 +26,9 @@ from .library import NcclLibrary, UniqueId
 __all__ = ["NcclConnection"]
 
 logger = logging.getLogger(__name__)
+
+# ncclCommDestroy takes milliseconds, or as long as a CUDA graph holds the communicator.
+_FREE_S = 3.0
 
 
 class NcclConnection:
@@ -65,6 +69,8 @@ class NcclConnection:
             self._device_index = (
                 torch.cuda.current_device() if self.device.index is None else self.device.index
             )
+            # With its index, because the threads started here have another current device.
+            self.device = torch.device("cuda", self._device_index)
             self._raw_stream = torch._C._cuda_getCurrentRawStream
         self._comm = self._connect(cpu_group, library)
         self._usable = True
@@ -94,7 +100,8 @@ class NcclConnection:
 
         Needed when one rank sends and receives in the same step. Nothing is enqueued before the
         block ends; tensors used inside are kept until then. Nests. When the block raises, the
-        calls made so far are still launched, as NCCL has no way to drop them.
+        calls made so far are still launched, as NCCL has no way to drop them, unless it was an
+        NCCL call of the block that failed.
         """
         if self._grouped is not None:
             yield
@@ -104,34 +111,45 @@ class NcclConnection:
         self._grouped = []
         try:
             yield
-        finally:
-            code = self.library.ncclGroupEnd()
-            self._grouped = None
-            self._check("ncclGroupEnd", code)
+        except BaseException:
+            self._end_group()  # its code repeats the error of the block, or hides it
+            raise
+        self._check("ncclGroupEnd", self._end_group())
 
     def close(self) -> None:
         """Waits for the device, then frees the communicator. Idempotent; local.
 
-        A communicator whose work doesn't end within the timeout is aborted.
+        Work that doesn't end within the timeout is aborted. A communicator that a live CUDA
+        graph has captured is freed once that graph is gone; until then a thread waits for it.
         """
         if self._closed:
             return
         self._closed = True
         self._usable = False
         comm, self._comm = self._comm, 0
+        free = self.library.ncclCommDestroy
         try:
-            run_bounded(
-                lambda: self._destroy(comm), timeout_s=self._timeout_s, what="ncclCommDestroy"
-            )
+            run_bounded(self._wait_for_device, timeout_s=self._timeout_s, what="the work under way")
         except (TimeoutError, RuntimeError) as error:
-            logger.warning("%s; aborting the communicator [%s]", error, self.member)
-            run_bounded(
-                lambda: self.library.ncclCommAbort(comm),
-                timeout_s=self._timeout_s,
-                what="ncclCommAbort",
+            logger.warning("close: %s; aborting the communicator [%s]", error, self.member)
+            free = self.library.ncclCommAbort
+        try:
+            code = run_bounded(lambda: free(comm), timeout_s=_FREE_S, what=free.__name__)
+            self._check(free.__name__, code)
+        except TimeoutError as error:
+            logger.warning(
+                "close: %s, probably because a CUDA graph that captured this communicator is "
+                "alive; it is freed when that graph is [%s]",
+                error,
+                self.member,
             )
 
     # ---- inside -----------------------------------------------------------------------------
+
+    def _end_group(self) -> int:
+        code: int = self.library.ncclGroupEnd()
+        self._grouped = None
+        return code
 
     def _connect(self, cpu_group: dist.ProcessGroup, library: NcclLibrary | None) -> int:
         """Makes the communicator on every rank, or raises the same error on every rank."""
@@ -144,7 +162,7 @@ class NcclConnection:
             self._nccl_all_reduce = self.library.ncclAllReduce
             if self.member.rank_in_group == 0:
                 unique_id = self.library.new_unique_id()
-        except DistcommError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, all ranks are told
             failure = str(error)
         channel.agree(what, failure)
         unique_id = channel.broadcast(unique_id, src=0)
@@ -152,7 +170,7 @@ class NcclConnection:
         # A rank whose ncclCommInitRank fails would leave the others waiting inside theirs, so it
         # raises an alarm in the store, at which they look while they wait.
         store, alarm = process_group_store(cpu_group), f"nccl_alarm/{unique_id.hex()}"
-        comm = ctypes.c_void_p()
+        attempt = _Attempt(self.library)
 
         def look_for_alarm() -> None:
             if store.check([alarm]):
@@ -160,7 +178,7 @@ class NcclConnection:
 
         try:
             run_bounded(
-                self._initializer(comm, UniqueId.from_bytes(unique_id)),
+                self._initializer(attempt, UniqueId.from_bytes(unique_id)),
                 timeout_s=self._timeout_s,
                 what="ncclCommInitRank and a first all-reduce",
                 poll=look_for_alarm,
@@ -169,18 +187,18 @@ class NcclConnection:
             if not isinstance(error, _PeerFailed):
                 failure = str(error)
                 store.set(alarm, "")
-            if isinstance(error, _PeerFailed | TimeoutError):
-                comm = ctypes.c_void_p()  # a thread is still inside NCCL with the old one
         try:
             channel.agree(what, failure)
         except DistcommError:
-            if comm.value:
-                self.library.ncclCommAbort(comm)
+            try:
+                run_bounded(attempt.give_up, timeout_s=_FREE_S, what="ncclCommAbort")
+            except (TimeoutError, RuntimeError) as error:
+                logger.warning("%s: %s [%s]", what, error, self.member)
             raise
-        return comm.value or 0
+        return attempt.comm
 
-    def _initializer(self, comm: ctypes.c_void_p, unique_id: UniqueId) -> Callable[[], None]:
-        """The blocking part: makes `comm` and runs one all-reduce on the caller's stream.
+    def _initializer(self, attempt: _Attempt, unique_id: UniqueId) -> Callable[[], None]:
+        """The blocking part: makes the communicator and runs one all-reduce on the caller's stream.
 
         NCCL connects the ranks at their first collective. Done here, it can't fail or block
         later, least of all while a CUDA graph is captured.
@@ -193,10 +211,12 @@ class NcclConnection:
         def initialize() -> None:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # a new thread starts on device 0
+            comm = ctypes.c_void_p()
             code = library.ncclCommInitRank(
                 ctypes.byref(comm), member.world_size, unique_id, member.rank_in_group
             )
             library.check("ncclCommInitRank", code, member=member)
+            attempt.made(comm.value or 0)
             pointer = element.data_ptr()
             code = library.ncclAllReduce(pointer, pointer, 1, *codes, comm, stream)
             library.check("ncclAllReduce", code, comm=comm.value, member=member)
@@ -210,11 +230,9 @@ class NcclConnection:
 
         return initialize
 
-    def _destroy(self, comm: int) -> None:
+    def _wait_for_device(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
             torch.cuda.synchronize(self.device)
-        self._check("ncclCommDestroy", self.library.ncclCommDestroy(comm))
 
     def _set_enabled(self, enabled: bool) -> None:
         self._enabled = enabled
@@ -235,6 +253,40 @@ class NcclConnection:
 
     def _stream(self) -> int:
         return self._raw_stream(self._device_index)
+
+
+class _Attempt:
+    """A communicator that is being made in a thread, and is freed if nobody waits for it any more.
+
+    Attributes:
+        comm: the communicator; 0 until it is made.
+    """
+
+    def __init__(self, library: NcclLibrary) -> None:
+        self.comm = 0
+        self._library = library
+        self._given_up = False
+        self._lock = threading.Lock()
+
+    def made(self, comm: int) -> None:
+        """Called by the thread. Raises `_GivenUp`, and aborts `comm`, where it comes too late."""
+        with self._lock:
+            if not self._given_up:
+                self.comm = comm
+                return
+        self._library.ncclCommAbort(comm)
+        raise _GivenUp
+
+    def give_up(self) -> None:
+        """Aborts the communicator: now, which ends what the thread does with it, or once made."""
+        with self._lock:
+            self._given_up = True
+        if self.comm:
+            self._library.check("ncclCommAbort", self._library.ncclCommAbort(self.comm))
+
+
+class _GivenUp(Exception):  # noqa: N818 - a signal inside this module, not an error
+    """The communicator that a thread has made isn't wanted any more."""
 
 
 class _PeerFailed(Exception):  # noqa: N818 - a signal inside this module, not an error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
@@ -96,6 +97,24 @@ def mapped_nccl_libraries() -> list[str]:
         if len(fields) == 6 and _LIBRARY_NAME.fullmatch(Path(fields[5]).name):
             paths[str(Path(fields[5]).resolve())] = None
     return list(paths)
+
+
+class _LinkMap(ctypes.Structure):
+    """The head of the loader's ``struct link_map`` (link.h)."""
+
+    _fields_ = [("l_addr", c_size_t), ("l_name", c_char_p)]
+
+
+_RTLD_DI_LINKMAP = 2  # dlfcn.h
+
+
+def _path_of(library: ctypes.CDLL) -> str:
+    """Real path of a loaded library, which the loader may have found anywhere."""
+    link_map = POINTER(_LinkMap)()
+    handle = c_void_p(library._handle)
+    if ctypes.CDLL(None).dlinfo(handle, _RTLD_DI_LINKMAP, ctypes.byref(link_map)) != 0:
+        return library._name
+    return str(Path(os.fsdecode(link_map.contents.l_name)).resolve())
 
 
 def _wheel_nccl_libraries() -> list[str]:
@@ -205,19 +224,12 @@ class NcclLibrary:
             except OSError as error:
                 failures.append(f"{candidate} ({source}): {error}")
                 continue
-            real = self._path_of(candidate)
-            return library, source, real
+            return library, source, _path_of(library)
         tried = "\n  ".join(failures)
         raise NcclLibraryError(
             "no libnccl could be loaded; install distcomm[cu12] or distcomm[cu13], or name a "
             f"file in DISTCOMM_NCCL_SO. Tried:\n  {tried}"
         )
-
-    @staticmethod
-    def _path_of(candidate: str) -> str:
-        if Path(candidate).exists():
-            return str(Path(candidate).resolve())
-        return next(iter(mapped_nccl_libraries()), candidate)
 
     def _prototype(self, name: str, argtypes: list[Any]) -> Callable[..., Any]:
         try:

@@ -143,7 +143,7 @@ def test_it_imports_nothing_but_the_standard_library_and_errors():
         elif isinstance(node, ast.Import):
             imported.update(alias.name for alias in node.names)
     foreign = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
-    assert foreign == {"distcomm.errors"}
+    assert foreign == {"errors"}
 
 
 # A naive reference: fill the world with coordinates, then collect the ranks that agree
@@ -389,7 +389,7 @@ def test_launches_that_an_error_suggests_work(
     else:
         return
     assert header == "Launches that work, nearest first:"
-    assert len(lines) >= 2
+    assert lines
     distances = []
     for line in lines:
         launch = LAUNCH.fullmatch(line)
