@@ -45,7 +45,7 @@ test: setup build  ## The CPU test suite
 	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-gpu: build  ## The GPU test suite with the current python3, on all GPUs of the machine
-	PYTHONPATH=. $(BASE_PYTHON) -m pytest tests/gpu -m gpu $(ARGS)
+	PYTHONPATH=. $(BASE_PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider $(ARGS)
 
 lint: setup  ## ruff, mypy, and the direction of imports
 	$(VENV)/bin/ruff check .

@@ -16,8 +16,10 @@ from .errors import ArgumentError, GroupMember
 
 __all__ = [
     "check_dim",
+    "check_distinct",
     "check_output",
     "check_peer",
+    "check_shape",
     "check_sizes",
     "check_splits",
     "gathered_shapes",
@@ -80,6 +82,29 @@ def check_output(
             call=call,
             member=member,
         )
+
+
+def check_distinct(call: str, argument: str, x: torch.Tensor, member: GroupMember) -> None:
+    """No two elements of `x`, which is written in place, share memory as after `expand`."""
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ArgumentError(
+            argument,
+            "a tensor whose elements don't share memory, because it is written in place",
+            f"strides {x.stride()} for shape {list(x.shape)}",
+            call=call,
+            member=member,
+        )
+
+
+def check_shape(
+    call: str, argument: str, shape: Sequence[int], member: GroupMember
+) -> tuple[int, ...]:
+    """`shape` as a tuple of non-negative sizes."""
+    if any(type(size) is not int or size < 0 for size in shape):
+        raise ArgumentError(
+            argument, "of non-negative sizes", list(shape), call=call, member=member
+        )
+    return tuple(shape)
 
 
 def gathered_shapes(x: torch.Tensor, world_size: int) -> list[tuple[int, ...]]:
@@ -169,12 +194,12 @@ def raise_bad_reduction(
     op: str,
     supported: Collection[tuple[torch.dtype, str]],
     member: GroupMember,
+    argument: str = "x",
 ) -> NoReturn:
     """Says whether `op` or the dtype is what the backend can't reduce, and what it can."""
     ops = dict.fromkeys(name for _, name in supported)
     if op not in ops:
         raise ArgumentError("op", f"one of {', '.join(ops)}", repr(op), call=call, member=member)
     dtypes = ", ".join(str(each) for each, name in supported if name == op)
-    raise ArgumentError(
-        "x", f"of a dtype that '{op}' can reduce here: {dtypes}", dtype, call=call, member=member
-    )
+    requirement = f"of a dtype that '{op}' can reduce here: {dtypes}"
+    raise ArgumentError(argument, requirement, dtype, call=call, member=member)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,6 +103,14 @@ class GroupCommunicators:
             self._device_group = group
         return self._device_group
 
+    def serve(self, name: str) -> None:
+        """Takes in another group of the same ranks; NCCL's errors will name all groups served."""
+        names = self._member.name.split("/")
+        if name not in names:
+            self._member = replace(self._member, name="/".join([*names, name]))
+            if self.pynccl is not None:
+                self.pynccl.member = self._member
+
     def close(self) -> None:
         """Closes everything that was made here. Idempotent; bounded by the timeout."""
         if self._closed:
@@ -110,8 +118,15 @@ class GroupCommunicators:
         self._closed = True
         if self.pynccl is not None:
             self.pynccl.close()
+        self.destroy_process_groups()
+
+    def destroy_process_groups(self) -> None:
+        """Destroys the process groups that were made here, and forgets all. Idempotent; local."""
         while self._owned:
             destroy_process_group(self._owned.pop())
+        # A process group ends its threads when the last reference goes. One that outlives this
+        # one, say in a traceback, would still have them when the interpreter shuts down.
+        self._cpu_group = self._device_group = None
 
     def _create(self, backend: str) -> dist.ProcessGroup:
         if self._closed:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .backends import TorchPgBackend
-from .checks import check_dim
+from .checks import check_dim, check_distinct, check_shape
 from .communicators import GroupCommunicators, JobContext
 from .errors import ArgumentError, GroupClosedError, GroupMember
 from .group_objects import ObjectCollectives
@@ -102,11 +102,13 @@ class GroupCoordinator(ObjectCollectives):
     @property
     def cpu_group(self) -> dist.ProcessGroup:
         """A gloo process group of these ranks, for use with `torch.distributed`."""
+        self._refuse_if_closed("cpu_group")
         return self._communicators.cpu_group
 
     @property
     def device_group(self) -> dist.ProcessGroup:
         """torch's process group for `device`. Made, collectively, when first asked for."""
+        self._refuse_if_closed("device_group")
         return self._communicators.device_group
 
     @property
@@ -307,7 +309,10 @@ class GroupCoordinator(ObjectCollectives):
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Overwrites `x` with rank `src`'s; same shape and dtype on all ranks. Returns `x`."""
-        return self._route("broadcast", x).broadcast(x, src)
+        backend = self._route("broadcast", x)
+        if not x.is_contiguous():
+            check_distinct("broadcast", "x", x, self.member)
+        return backend.broadcast(x, src)
 
     def gather(self, x: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
         """All ranks' `x`, concatenated along `dim`, on rank `dst`; None on the others."""
@@ -344,7 +349,8 @@ class GroupCoordinator(ObjectCollectives):
                 "dtype", "given with a shape", None, call="recv", member=self.member
             )
         else:
-            out = torch.empty(tuple(shape_or_out), dtype=dtype, device=self.device)
+            shape = check_shape("recv", "shape_or_out", shape_or_out, self.member)
+            out = torch.empty(shape, dtype=dtype, device=self.device)
         return self._route("recv", out).recv(out, src)
 
     def barrier(self) -> None:
@@ -380,4 +386,4 @@ class GroupCoordinator(ObjectCollectives):
 
 def _concatenated(stacked: torch.Tensor, dim: int) -> torch.Tensor:
     """[W, *shape] -> shape with W times as much in `dim`; a view for dim 0, else a copy."""
-    return stacked.movedim(0, dim).flatten(dim, dim + 1)
+    return stacked.movedim(0, dim).flatten(dim, dim + 1).contiguous()

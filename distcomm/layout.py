@@ -240,7 +240,7 @@ class ParallelLayout:
         """For cp = 1 both are the same."""
         if self.cp != 1:
             return _DIMENSIONS
-        return [self.cp_layout if self.cp_layout in _DIMENSIONS else "inside_tp"]
+        return ["beside_tp" if self.cp_layout == "beside_tp" else "inside_tp"]
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import ArgumentError, CollectiveError, GroupMember, InitializationError
-from .process_groups import collective_errors
+from .process_groups import all_gather_single, collective_errors
 
 __all__ = ["ObjectChannel"]
 
@@ -60,11 +60,11 @@ class ObjectChannel:
         payload, failure = _encode(obj)
         with collective_errors("all_gather_object", self._member):
             lengths = torch.empty(self._member.world_size, dtype=torch.int64)
-            dist.all_gather_into_tensor(lengths, _length(payload), group=self._group)
+            all_gather_single(lengths, _length(payload), group=self._group)
             longest = int(lengths.max())
             padded = torch.nn.functional.pad(payload, (0, longest - payload.numel()))
             data = memoryview(bytearray(self._member.world_size * longest))
-            dist.all_gather_into_tensor(_as_tensor(data), padded, group=self._group)
+            all_gather_single(_as_tensor(data), padded, group=self._group)
         self._raise_if(failure, "all_gather_object")
         return [
             self._decode(data[src * longest :][:length], "all_gather_object", src)

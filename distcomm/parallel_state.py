@@ -5,6 +5,7 @@ The one mutable state of this package is `_current`, the `ParallelState` in forc
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import math
@@ -29,9 +30,12 @@ from .errors import (
 )
 from .group import GroupCoordinator
 from .layout import ParallelLayout
-from .objects import ObjectChannel
-from .process_groups import create_default_process_group, destroy_default_process_group
-from .rendezvous import Launch, check_in, find_launch, open_store
+from .process_groups import (
+    collective_errors,
+    create_default_process_group,
+    destroy_default_process_group,
+)
+from .rendezvous import Launch, check_in, find_launch, open_store, pass_stage
 
 __all__ = [
     "ParallelState",
@@ -50,6 +54,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# gloo tries this much longer than its timeout to connect to a rank that has failed.
+_GIVING_UP_S = 10.0
 
 
 class ParallelState:
@@ -81,8 +88,10 @@ class ParallelState:
         self._job = job
         self._groups: dict[str, GroupCoordinator] = {}
         self._communicators: dict[tuple[int, ...], GroupCommunicators] = {}
+        self._launch = launch
         self._owns_default_group = launch.init_method is not None
         self._closed = False
+        atexit.register(self._leave)
         try:
             self._build_groups()
         except RuntimeError as error:
@@ -103,6 +112,11 @@ class ParallelState:
         Args:
             name: a new name; the same on all members.
             ranks: global ranks in group order, the same on all members; this rank is one.
+
+        Raises:
+            ArgumentError: the name is taken, or `ranks` can't form a group.
+            CollectiveError: a member didn't come within the timeout.
+            GroupClosedError: the state is closed.
         """
         if self._closed:
             raise GroupClosedError(f"create_group: the state is closed [rank {self.rank}]")
@@ -118,7 +132,9 @@ class ParallelState:
                 f"{list(ranks)} [rank {self.rank}]",
                 call="create_group",
             )
-        return self._add_group(name, tuple(ranks))
+        member = GroupMember(name, tuple(ranks), self.rank)
+        with collective_errors("create_group", member):
+            return self._add_group(member)
 
     def close(self) -> None:
         """Closes all groups and what this state has made. Idempotent; every wait is bounded.
@@ -130,14 +146,14 @@ class ParallelState:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self._leave)
         if _current is self:
             _current = None
         for group in self._groups.values():
             group.close()
         for communicators in reversed(self._communicators.values()):
             communicators.close()
-        if self._owns_default_group:
-            destroy_default_process_group()
+        self._leave()
 
     def describe(self) -> str:
         """The layout and what this rank runs on, as text."""
@@ -159,6 +175,19 @@ class ParallelState:
     ) -> None:
         self.close()
 
+    def _leave(self) -> None:
+        """Ends torch's process groups; all that a process which exits without closing needs.
+
+        Their threads must not run when the interpreter shuts down: it aborts the process. What
+        NCCL holds ends with the process.
+        """
+        for group in self._groups.values():
+            group.close()
+        for communicators in self._communicators.values():
+            communicators.destroy_process_groups()
+        if self._owns_default_group:
+            destroy_default_process_group()
+
     def _build_groups(self) -> None:
         if self._owns_default_group:
             default_group = create_default_process_group(
@@ -173,7 +202,7 @@ class ParallelState:
             _unique_name(everyone),
             cpu_group=default_group,
         )
-        self.world = self._add_group("world", everyone)
+        self.world = self._add_group(GroupMember("world", everyone, self.rank))
         for axis, ranks in self.layout.groups_of(self.rank).items():
             self._add_axis(axis, ranks)
 
@@ -182,19 +211,20 @@ class ParallelState:
         known = ranks in self._communicators
         failure = None
         try:
-            setattr(self, axis, self._add_group(axis, ranks))
+            setattr(self, axis, self._add_group(GroupMember(axis, ranks, self.rank)))
         except (DistcommError, RuntimeError) as error:
-            failure = str(error)
+            failure = f"making the {axis} group failed: {error}"
         if not known and len(ranks) > 1:
-            everyone = ObjectChannel(self.world.member, self.world.cpu_group)
-            everyone.agree(f"making the {axis} groups failed", failure)
+            wait_s = 2 * self._job.timeout_s + _GIVING_UP_S
+            pass_stage(self._job.store, self._launch, f"groups/{axis}", failure, wait_s)
 
-    def _add_group(self, name: str, ranks: tuple[int, ...]) -> GroupCoordinator:
-        member = GroupMember(name, ranks, self.rank)
+    def _add_group(self, member: GroupMember) -> GroupCoordinator:
+        ranks = member.ranks
         if ranks not in self._communicators:
             self._communicators[ranks] = GroupCommunicators(member, self._job, _unique_name(ranks))
+        self._communicators[ranks].serve(member.name)
         group = GroupCoordinator(member, self._communicators[ranks], self._job)
-        self._groups[name] = group
+        self._groups[member.name] = group
         return group
 
 
@@ -230,7 +260,9 @@ def init_distributed(  # noqa: PLR0913 - a launch and its sizes have that many p
             can load NCCL, else CPU with gloo. Agreed by all ranks.
         timeout: seconds that each step of initialization, each CPU collective and closing may
             take.
-        init_method: where the ranks meet, e.g. ``"tcp://host:port"`` or ``"file:///path"``.
+        init_method: where the ranks meet, e.g. ``"tcp://host:port"`` or ``"file:///path"``. A
+            TCP store that rank 0 serves ends with the state: another initialization needs a new
+            port. torchrun's store outlives it.
         rank, world_size: this process's global rank, and the number of processes.
         local_rank: index of this process on its host; chooses its GPU.
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 __all__ = [
+    "all_gather_single",
     "collective_errors",
     "create_default_process_group",
     "create_process_group",
@@ -24,6 +25,9 @@ __all__ = [
     "member_of",
     "process_group_store",
 ]
+
+# Newer versions of torch have renamed it, and warn of the old name.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def create_process_group(

@@ -5,8 +5,10 @@ Nothing here needs a process group: ranks meet in a key-value store. Every wait 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +24,7 @@ from .errors import InitializationError, LaunchError
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["Launch", "check_in", "find_launch", "open_store"]
+__all__ = ["Launch", "check_in", "find_launch", "open_store", "pass_stage"]
 
 _ENV_METHOD = "env://"
 # Longer than rank 0 waits, so that its verdict, which names the missing ranks, arrives first.
@@ -97,24 +99,28 @@ def open_store(launch: Launch, timeout_s: float) -> Store:
     if launch.init_method is None:
         store = c10d._get_default_store()
     else:
+        url = _meeting_url(launch.init_method, launch.rank, launch.world_size)
         try:
-            store, _, _ = next(
-                rendezvous(
-                    launch.init_method,
-                    launch.rank,
-                    launch.world_size,
-                    timeout=timedelta(seconds=timeout_s),
-                )
-            )
+            store, _, _ = next(rendezvous(url, timeout=timedelta(seconds=timeout_s)))
         except (RuntimeError, ValueError) as error:
-            raise InitializationError(
-                f"no store at {launch.init_method}", {launch.rank: str(error)}, rank=launch.rank
-            ) from error
+            what = f"no store at {launch.init_method}, where rank 0 or its launcher serves one"
+            raise InitializationError(what, {launch.rank: str(error)}, rank=launch.rank) from error
     store.set_timeout(timedelta(seconds=timeout_s))
     # Each rank counts its own initializations, so that all ranks of one initialization agree on
     # a number that no earlier one had: what those left in the store is never read again.
     generation = store.add(f"distcomm/generation/{launch.rank}", 1)
     return c10d.PrefixStore(f"distcomm/{generation}", store)
+
+
+def _meeting_url(init_method: str, rank: int, world_size: int) -> str:
+    """`init_method` with this rank's place in it.
+
+    TCP stores aren't told the world size: rank 0's would wait in its constructor until all ranks
+    have connected, and couldn't name the missing ones as `check_in` does.
+    """
+    counted = -1 if init_method.startswith(("tcp:", "env:")) else world_size
+    separator = "&" if "?" in init_method else "?"
+    return f"{init_method}{separator}rank={rank}&world_size={counted}"
 
 
 def check_in(
@@ -138,7 +144,7 @@ def check_in(
         All ranks' reports, in rank order.
 
     Raises:
-        InitializationError: a rank failed, disagrees with rank 0, or didn't come.
+        InitializationError: a rank failed, disagrees with most, or didn't come.
     """
     mine = {"report": dict(report), "agree": dict(must_agree), "failure": failure}
     store.set(f"hello/{launch.rank}", json.dumps(mine))
@@ -147,16 +153,36 @@ def check_in(
         store.set("verdict", json.dumps(verdict))
     else:
         verdict = _await_verdict(store, timeout_s)
+    _acknowledge(store, launch.rank, verdict["num_present"])
     failures = {int(rank): text for rank, text in verdict["failures"].items()}
     if failures:
-        _acknowledge(store, launch, absent=verdict["absent"])
         raise InitializationError("initialization failed", failures, rank=launch.rank)
     reports: list[dict[str, Any]] = verdict["reports"]
     return reports
 
 
+def pass_stage(
+    store: Store, launch: Launch, stage: str, failure: str | None, timeout_s: float
+) -> None:
+    """All ranks get past `stage`, or all raise the same error. Collective.
+
+    It goes through the store, and not through a process group, so that it may wait longer than
+    the ranks that are about to fail by a process group's timeout.
+
+    Args:
+        stage: a name that is used once in this initialization.
+        failure: why this rank can't go on; None if it can.
+        timeout_s: seconds to wait for the last rank.
+
+    Raises:
+        InitializationError: a rank failed or didn't come.
+    """
+    own = c10d.PrefixStore(stage, store)
+    check_in(own, launch, report={}, must_agree={}, failure=failure, timeout_s=timeout_s)
+
+
 def _judge(store: Store, world_size: int, timeout_s: float) -> dict[str, Any]:
-    """Rank 0's part: waits for all reports and compares them with its own."""
+    """Rank 0's part: waits for all reports and compares them with what most ranks say."""
     deadline = time.monotonic() + timeout_s
     hellos: dict[int, dict[str, Any]] = {}
     for rank in range(world_size):
@@ -169,41 +195,43 @@ def _judge(store: Store, world_size: int, timeout_s: float) -> dict[str, Any]:
         hellos[rank] = json.loads(store.get(key))
     absent = [rank for rank in range(world_size) if rank not in hellos]
     failures = dict.fromkeys(absent, f"did not come within {timeout_s:g} s")
+    wishes = [json.dumps(hello["agree"]) for hello in hellos.values()]
+    usual = Counter(wishes).most_common(1)[0][0]  # of equally frequent ones the lowest rank's
+    usual_rank = list(hellos)[wishes.index(usual)]
     for rank, hello in hellos.items():
         if hello["failure"] is not None:
             failures[rank] = hello["failure"]
-        elif hello["agree"] != hellos[0]["agree"]:
-            failures[rank] = _difference(hello["agree"], hellos[0]["agree"])
+        elif hello["agree"] != hellos[usual_rank]["agree"]:
+            failures[rank] = _difference(hello["agree"], hellos[usual_rank]["agree"], usual_rank)
     reports = [] if absent else [hellos[rank]["report"] for rank in range(world_size)]
-    return {"failures": failures, "absent": absent, "reports": reports}
+    return {"failures": failures, "num_present": len(hellos), "reports": reports}
 
 
-def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+def _difference(theirs: Mapping[str, Any], usual: Mapping[str, Any], usual_rank: int) -> str:
     return "; ".join(
-        f"{name} is {theirs.get(name)!r}, on rank 0 {ours.get(name)!r}"
-        for name in ours
-        if theirs.get(name) != ours.get(name)
+        f"{name} is {theirs.get(name)}, on rank {usual_rank} {usual.get(name)}"
+        for name in usual
+        if theirs.get(name) != usual.get(name)
     )
 
 
 def _await_verdict(store: Store, timeout_s: float) -> dict[str, Any]:
-    wait_s = timeout_s + _VERDICT_GRACE_S
+    wait_s = timeout_s + min(timeout_s, _VERDICT_GRACE_S)
     try:
         store.wait(["verdict"], timedelta(seconds=wait_s))
         verdict: dict[str, Any] = json.loads(store.get("verdict"))
     except RuntimeError as error:
-        return {"failures": {0: f"sent no verdict within {wait_s:g} s: {error}"}, "absent": [0]}
+        return {"failures": {0: f"sent no verdict within {wait_s:g} s: {error}"}, "num_present": 1}
     return verdict
 
 
-def _acknowledge(store: Store, launch: Launch, absent: list[int]) -> None:
+def _acknowledge(store: Store, rank: int, num_present: int) -> None:
     """Keeps rank 0, in whose process the store may live, until the others know the verdict."""
-    if 0 in absent:
+    others = num_present - 1
+    if not others:
         return
-    others = launch.world_size - 1 - len(absent)
-    if launch.rank != 0:
-        store.add("acknowledged", 1)
-        return
-    deadline = time.monotonic() + _ACKNOWLEDGE_S
-    while store.add("acknowledged", 0) < others and time.monotonic() < deadline:
-        time.sleep(0.01)
+    with contextlib.suppress(RuntimeError):  # a rank that has died meanwhile: nothing to wait for
+        if rank == 0:
+            store.wait(["acknowledged by all"], timedelta(seconds=_ACKNOWLEDGE_S))
+        elif store.add("acknowledged", 1) == others:
+            store.set("acknowledged by all", "")

@@ -86,7 +86,8 @@ class Router:
     def close(self) -> None:
         """Later calls raise `GroupClosedError`."""
         self._closed = True
-        self._routes = {}
+        self._routes.clear()
+        self._backends.clear()
 
     def _resolve(self, op: str, on_cuda: bool, pynccl_enabled: bool) -> _Route:
         if self._closed:

@@ -48,8 +48,9 @@ class LocalBackend:
         self, output: torch.Tensor, input: torch.Tensor, op: str = "sum"
     ) -> torch.Tensor:
         call = "reduce_scatter_tensor"
-        self._check_reduction(call, input, op)
-        return self._into(call, output, input, scattered_shapes(call, input, self._member))
+        self._check_reduction(call, input, op, "input")
+        shapes = scattered_shapes(call, input, self._member)
+        return self._into(call, output, input, shapes, "output")
 
     def reduce_scatterv(
         self,
@@ -63,7 +64,8 @@ class LocalBackend:
         return self._into("reduce_scatterv", out, x, [x.shape])
 
     def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        return self._into("all_gather_into_tensor", output, input, gathered_shapes(input, 1))
+        call = "all_gather_into_tensor"
+        return self._into(call, output, input, gathered_shapes(input, 1), "output")
 
     def all_gatherv(
         self, x: torch.Tensor, sizes: Sequence[int], out: torch.Tensor | None = None
@@ -81,7 +83,7 @@ class LocalBackend:
         call = "all_to_all_single"
         check_splits(call, "input_splits", input_splits, input, self._member)
         check_splits(call, "output_splits", output_splits, output, self._member)
-        return self._into(call, output, input, [input.shape])
+        return self._into(call, output, input, [input.shape], "output")
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         check_peer("broadcast", "src", src, self._member)
@@ -100,9 +102,9 @@ class LocalBackend:
         check_peer("recv", "src", src, self._member, other=True)
         return out
 
-    def _check_reduction(self, call: str, x: torch.Tensor, op: str) -> None:
+    def _check_reduction(self, call: str, x: torch.Tensor, op: str, argument: str = "x") -> None:
         if (x.dtype, op) not in REDUCTION_CODES:
-            raise_bad_reduction(call, x.dtype, op, REDUCTION_CODES, self._member)
+            raise_bad_reduction(call, x.dtype, op, REDUCTION_CODES, self._member, argument)
 
     def _into(
         self,
@@ -110,8 +112,9 @@ class LocalBackend:
         out: torch.Tensor | None,
         x: torch.Tensor,
         shapes: Sequence[tuple[int, ...]],
+        argument: str = "out",
     ) -> torch.Tensor:
         if out is None or out is x:
             return x
-        check_output(call, "output", out, shapes, x, self._member)
+        check_output(call, argument, out, shapes, x, self._member)
         return out.copy_(x.reshape(out.shape))

@@ -21,7 +21,7 @@ from ..checks import (
 )
 from ..errors import ArgumentError, GroupMember
 from ..nccl.dtypes import REDUCTION_CODES
-from ..process_groups import collective_errors
+from ..process_groups import all_gather_single, collective_errors
 
 __all__ = ["TorchPgBackend"]
 
@@ -54,8 +54,8 @@ class TorchPgBackend:
         self._device = device
         self._is_gloo = dist.get_backend(group) == "gloo"
         self._reductions = {
-            (dtype, op)
-            for dtype, op in REDUCTION_CODES
+            (dtype, op): codes
+            for (dtype, op), codes in REDUCTION_CODES.items()
             if not (self._is_gloo and dtype in _NOT_IN_GLOO)
         }
 
@@ -94,7 +94,7 @@ class TorchPgBackend:
         self, output: torch.Tensor, input: torch.Tensor, op: str = "sum"
     ) -> torch.Tensor:
         call = "reduce_scatter_tensor"
-        self._check_reduction(call, input, op)
+        self._check_reduction(call, input, op, "input")
         shapes = scattered_shapes(call, input, self._member)
         check_output(call, "output", output, shapes, input, self._member)
         pieces = input.reshape(self._member.world_size, *output.shape)
@@ -128,7 +128,7 @@ class TorchPgBackend:
         shapes = gathered_shapes(input, self._member.world_size)
         check_output(call, "output", output, shapes, input, self._member)
         with collective_errors(call, self._member):
-            work: dist.Work = dist.all_gather_into_tensor(
+            work: dist.Work = all_gather_single(
                 _as_bytes(output), _as_bytes(input), group=self._group, async_op=True
             )
         return work
@@ -209,10 +209,10 @@ class TorchPgBackend:
                 argument, f"on {self._device}", x.device, call=call, member=self._member
             )
 
-    def _check_reduction(self, call: str, x: torch.Tensor, op: str) -> None:
-        self._check_device(call, "x", x)
+    def _check_reduction(self, call: str, x: torch.Tensor, op: str, argument: str = "x") -> None:
+        self._check_device(call, argument, x)
         if (x.dtype, op) not in self._reductions:
-            raise_bad_reduction(call, x.dtype, op, self._reductions, self._member)
+            raise_bad_reduction(call, x.dtype, op, self._reductions, self._member, argument)
 
     def _output(
         self, call: str, out: torch.Tensor | None, rows: int, like: torch.Tensor

@@ -67,7 +67,7 @@ class PyNcclCommunicator(NcclConnection):
             or x.get_device() != self._device_index
             or not x.is_contiguous()
         ):
-            x, codes = self._reduction_input("all_reduce", x, op, in_place=out is x)
+            x, codes = self._reduction_input("all_reduce", x, op)
         if out is None:
             out = torch.empty_like(x)
         elif out is not x:
@@ -98,7 +98,7 @@ class PyNcclCommunicator(NcclConnection):
         """
         check_peer("reduce", "dst", dst, self.member)
         root = self.member.rank_in_group == dst
-        x, codes = self._reduction_input("reduce", x, op, in_place=root and out is x)
+        x, codes = self._reduction_input("reduce", x, op)
         if not root:
             out = None
         elif out is None:
@@ -128,7 +128,7 @@ class PyNcclCommunicator(NcclConnection):
             `output`.
         """
         call = "reduce_scatter_tensor"
-        x, codes = self._reduction_input(call, input, op)
+        x, codes = self._reduction_input(call, input, op, "input")
         check_output(call, "output", output, scattered_shapes(call, x, self.member), x, self.member)
         self._keep(output)
         if output.numel():
@@ -337,14 +337,12 @@ class PyNcclCommunicator(NcclConnection):
         return x
 
     def _reduction_input(
-        self, call: str, x: torch.Tensor, op: str, *, in_place: bool = False
+        self, call: str, x: torch.Tensor, op: str, argument: str = "x"
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         codes = REDUCTION_CODES.get((x.dtype, op))
         if codes is None:
-            raise_bad_reduction(call, x.dtype, op, REDUCTION_CODES, self.member)
-        if in_place:
-            check_output(call, "out", x, [x.shape], x, self.member)
-        return self._input(call, "x", x), codes
+            raise_bad_reduction(call, x.dtype, op, REDUCTION_CODES, self.member, argument)
+        return self._input(call, argument, x), codes
 
     def _output(
         self, call: str, out: torch.Tensor | None, rows: int, like: torch.Tensor

@@ -11,11 +11,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ..errors import CommunicatorDisabledError, DistcommError, GroupClosedError
+from ..errors import CommunicatorDisabledError, DistcommError, GroupClosedError, NcclError
 from ..native import RaggedCollectives
 from ..objects import ObjectChannel
 from ..process_groups import member_of, process_group_store
@@ -26,6 +27,8 @@ from .library import NcclLibrary, UniqueId
 __all__ = ["NcclConnection"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # ncclCommDestroy takes milliseconds, or as long as a CUDA graph holds the communicator.
 _FREE_S = 3.0
@@ -121,6 +124,7 @@ class NcclConnection:
 
         Work that doesn't end within the timeout is aborted. A communicator that a live CUDA
         graph has captured is freed once that graph is gone; until then a thread waits for it.
+        What goes wrong is logged, not raised: closing goes on with other communicators.
         """
         if self._closed:
             return
@@ -129,12 +133,12 @@ class NcclConnection:
         comm, self._comm = self._comm, 0
         free = self.library.ncclCommDestroy
         try:
-            run_bounded(self._wait_for_device, timeout_s=self._timeout_s, what="the work under way")
+            self._run_bounded(self._wait_for_device, self._timeout_s, "the work under way")
         except (TimeoutError, RuntimeError) as error:
             logger.warning("close: %s; aborting the communicator [%s]", error, self.member)
             free = self.library.ncclCommAbort
         try:
-            code = run_bounded(lambda: free(comm), timeout_s=_FREE_S, what=free.__name__)
+            code = self._run_bounded(lambda: free(comm), _FREE_S, free.__name__)
             self._check(free.__name__, code)
         except TimeoutError as error:
             logger.warning(
@@ -143,6 +147,8 @@ class NcclConnection:
                 error,
                 self.member,
             )
+        except NcclError as error:
+            logger.warning("close: %s", error)
 
     # ---- inside -----------------------------------------------------------------------------
 
@@ -177,10 +183,10 @@ class NcclConnection:
                 raise _PeerFailed
 
         try:
-            run_bounded(
+            self._run_bounded(
                 self._initializer(attempt, UniqueId.from_bytes(unique_id)),
-                timeout_s=self._timeout_s,
-                what="ncclCommInitRank and a first all-reduce",
+                self._timeout_s,
+                "ncclCommInitRank and a first all-reduce",
                 poll=look_for_alarm,
             )
         except Exception as error:  # noqa: BLE001 - whatever it is, all ranks are told
@@ -191,7 +197,7 @@ class NcclConnection:
             channel.agree(what, failure)
         except DistcommError:
             try:
-                run_bounded(attempt.give_up, timeout_s=_FREE_S, what="ncclCommAbort")
+                self._run_bounded(attempt.give_up, _FREE_S, "ncclCommAbort")
             except (TimeoutError, RuntimeError) as error:
                 logger.warning("%s: %s [%s]", what, error, self.member)
             raise
@@ -209,8 +215,6 @@ class NcclConnection:
         library, member = self.library, self.member
 
         def initialize() -> None:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # a new thread starts on device 0
             comm = ctypes.c_void_p()
             code = library.ncclCommInitRank(
                 ctypes.byref(comm), member.world_size, unique_id, member.rank_in_group
@@ -220,8 +224,7 @@ class NcclConnection:
             pointer = element.data_ptr()
             code = library.ncclAllReduce(pointer, pointer, 1, *codes, comm, stream)
             library.check("ncclAllReduce", code, comm=comm.value, member=member)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            self._wait_for_device()
             total = element.item()
             if total != member.world_size:
                 raise DistcommError(
@@ -229,6 +232,26 @@ class NcclConnection:
                 )
 
         return initialize
+
+    def _run_bounded(
+        self,
+        work: Callable[[], T],
+        timeout_s: float,
+        what: str,
+        poll: Callable[[], None] | None = None,
+    ) -> T:
+        """Runs `work` in a bounded thread, on this communicator's device.
+
+        A new thread starts on device 0, and NCCL puts back the device that it found: without
+        setting it, every process would get a CUDA context on device 0.
+        """
+
+        def on_device() -> T:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            return work()
+
+        return run_bounded(on_device, timeout_s=timeout_s, what=what, poll=poll)
 
     def _wait_for_device(self) -> None:
         if self.device.type == "cuda":

@@ -138,7 +138,7 @@ def _candidates(path: str | None) -> Iterator[tuple[str, str]]:
         yield "DISTCOMM_NCCL_SO", chosen
         return
     for mapped in mapped_nccl_libraries():
-        yield "torch", mapped
+        yield "mapped", mapped
     for wheel in _wheel_nccl_libraries():
         yield "wheel", wheel
     yield "system", _SYSTEM_NAME
@@ -156,8 +156,8 @@ class NcclLibrary:
 
     Attributes:
         path: real path of the loaded file.
-        source: where it was found: ``argument``, ``DISTCOMM_NCCL_SO``, ``torch``, ``wheel`` or
-            ``system``.
+        source: where it was found: ``argument``, ``DISTCOMM_NCCL_SO``, ``mapped`` (by torch, as
+            a rule), ``wheel`` or ``system``.
         version: NCCL_VERSION_CODE, e.g. 22809.
 
     Raises:
