@@ -1,0 +1,224 @@
+"""Which backend runs what, what the argument checks let pass, and what is counted."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from distcomm import ArgumentError, GroupMember, ParallelState
+from distcomm.backends import TorchPgBackend
+from distcomm.checks import (
+    check_dim,
+    check_distinct,
+    check_output,
+    check_peer,
+    check_shape,
+    check_sizes,
+    check_splits,
+    gathered_shapes,
+    scattered_shapes,
+)
+from distcomm.dispatch import Choice, GroupFacts, Request, choose_backend
+from distcomm.routing import Router
+from tests.cpu.job import Job
+
+MEMBER = GroupMember("tp", (4, 2, 7), rank=2)  # the middle one of three
+
+# choose_backend
+
+LOCAL, GLOO, PYNCCL = Choice("local"), Choice("gloo"), Choice("pynccl")
+TORCH_NCCL = Choice("torch_nccl", "PyNCCL is disabled by change_state")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "world_size", "job", "pynccl_enabled", "expected"),
+    [
+        ("cpu", 1, "cpu", False, LOCAL),
+        ("cpu", 2, "cpu", False, GLOO),
+        ("cuda", 2, "cpu", False, None),
+        ("cuda", 1, "cpu", False, None),
+        ("cpu", 1, "cuda", False, LOCAL),
+        ("cuda", 1, "cuda", False, LOCAL),
+        ("cpu", 4, "cuda", True, GLOO),
+        ("cpu", 4, "cuda", False, GLOO),
+        ("cuda", 4, "cuda", True, PYNCCL),
+        ("cuda", 4, "cuda", False, TORCH_NCCL),
+    ],
+)
+def test_the_backend_follows_from_the_request_and_the_group(
+    tensor: str, world_size: int, job: str, pynccl_enabled: bool, expected: Choice | None
+):
+    facts = GroupFacts(world_size, job, pynccl_enabled)
+    for op in ("all_reduce", "send"):
+        assert choose_backend(Request(op, tensor), facts) == expected
+
+
+def test_every_request_on_the_jobs_device_has_a_backend():
+    for tensor, world_size, job, enabled in itertools.product(
+        ("cpu", "cuda"), (1, 2, 9), ("cpu", "cuda"), (False, True)
+    ):
+        choice = choose_backend(Request("gather", tensor), GroupFacts(world_size, job, enabled))
+        assert (choice is None) == (tensor == "cuda" and job == "cpu")
+
+
+# Checks: what passes. What doesn't is in test_bad_input.py
+
+
+def test_a_peer_is_a_rank_in_the_group():
+    for peer in range(3):
+        check_peer("send", "dst", peer, MEMBER)
+    for peer in (0, 2):
+        check_peer("send", "dst", peer, MEMBER, other=True)
+    with pytest.raises(
+        ArgumentError, match="dst must be another rank than the caller's own; got 1"
+    ):
+        check_peer("send", "dst", 1, MEMBER, other=True)
+
+
+@pytest.mark.parametrize(("dim", "ndim", "index"), [(0, 1, 0), (-1, 1, 0), (-1, 3, 2), (1, 3, 1)])
+def test_a_dim_is_counted_from_the_front(dim: int, ndim: int, index: int):
+    assert check_dim("gather", dim, ndim, MEMBER) == index
+
+
+def test_gathered_shapes():
+    assert gathered_shapes(torch.empty(2, 5), 3) == [(6, 5), (3, 2, 5)]
+    assert gathered_shapes(torch.empty(0, 5), 3) == [(0, 5), (3, 0, 5)]
+    assert gathered_shapes(torch.empty(()), 3) == [(3,)]
+
+
+def test_scattered_shapes():
+    assert scattered_shapes("call", torch.empty(6, 5), MEMBER) == [(2, 5)]
+    assert scattered_shapes("call", torch.empty(3, 2, 5), MEMBER) == [(1, 2, 5), (2, 5)]
+    assert scattered_shapes("call", torch.empty(0, 5), MEMBER) == [(0, 5)]
+
+
+def test_sizes_and_splits_that_add_up():
+    rows = torch.empty(6, 2)
+    check_sizes("call", [1, 2, 3], rows, MEMBER, of="sum")
+    check_sizes("call", (0, 6, 9), rows, MEMBER, of="own entry")
+    assert check_splits("call", "input_splits", None, rows, MEMBER) == [2, 2, 2]
+    assert check_splits("call", "input_splits", (6, 0, 0), rows, MEMBER) == (6, 0, 0)
+    assert check_splits("call", "input_splits", None, rows[:0], MEMBER) == [0, 0, 0]
+
+
+def test_a_shape_may_be_a_list_or_a_size():
+    assert check_shape("recv", "shape", [2, 0], MEMBER) == (2, 0)
+    assert check_shape("recv", "shape", torch.Size([]), MEMBER) == ()
+
+
+def test_outputs_that_fit():
+    like = torch.empty(2, 3).t()
+    check_output("call", "out", torch.empty(3, 2), [(9, 9), (3, 2)], like, MEMBER)
+    check_output("call", "out", torch.empty(3, 9)[:, :0], [(3, 0)], like, MEMBER)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(2, 3).t(),
+        torch.empty(4, 6)[::2, 1::3],
+        torch.empty(1).expand(1, 1),
+        torch.empty(()),
+    ],
+)
+def test_strided_tensors_have_distinct_elements(x: torch.Tensor):
+    check_distinct("broadcast", "x", x, MEMBER)
+
+
+def test_the_message_says_who_got_what_and_wanted_what():
+    with pytest.raises(ArgumentError) as caught:
+        check_dim("gather", 5, 2, MEMBER)
+    error = caught.value
+    assert str(error) == (
+        "gather: dim must be between -2 and 1; got 5 [group 'tp', rank 2 (1 of 3)]"
+    )
+    assert (error.argument, error.requirement, error.member) == (
+        "dim",
+        "between -2 and 1",
+        MEMBER,
+    )
+
+
+# Counters
+
+
+def count_calls(state: ParallelState) -> dict[str, Any]:
+    group = state.create_group("counted", range(state.world_size))
+    shared = state.world.stats()
+    assert group.stats() == {"ops": {}, "fallbacks": {}}
+    for _ in range(3):
+        group.all_reduce(torch.ones(4))
+    group.all_reduce(torch.ones(2, 2, dtype=torch.float64))
+    group.all_gather(torch.ones(5, dtype=torch.int8))
+    group.broadcast(torch.empty(0))
+    group.barrier()
+    assert state.world.stats() == shared, "groups of the same ranks have their own counters"
+    return group.stats()
+
+
+def test_calls_and_bytes_are_counted_by_op_and_backend(job: Job):
+    for stats in job.run(count_calls):
+        assert stats == {
+            "ops": {
+                "all_reduce": {"gloo": {"calls": 4, "bytes": 3 * 16 + 32}},
+                "all_gather": {"gloo": {"calls": 1, "bytes": 5}},
+                "broadcast": {"gloo": {"calls": 1, "bytes": 0}},
+            },
+            "fallbacks": {},
+        }
+
+
+def fall_back_and_return(state: ParallelState) -> tuple[dict[str, Any], list[str]]:
+    """A group of a CUDA job whose PyNCCL is disabled for two calls, without any CUDA."""
+    group = state.cp.cpu_group
+    pynccl = SimpleNamespace(enabled=True)
+    communicators = SimpleNamespace(pynccl=pynccl, cpu_group=group, device_group=group)
+    job = SimpleNamespace(device=torch.device("cuda", 0))
+    router = Router(state.cp.member, communicators, job)
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logging.getLogger("distcomm.routing").addHandler(handler)
+    with FakeTensorMode():
+        x = torch.empty(3, device="cuda")
+    assert router.route("all_reduce", x) is pynccl
+    pynccl.enabled = False
+    assert [type(router.route("all_reduce", x)) for _ in range(2)] == [TorchPgBackend] * 2
+    pynccl.enabled = True
+    assert router.route("all_reduce", x) is pynccl
+    logging.getLogger("distcomm.routing").removeHandler(handler)
+    return router.stats(), warnings
+
+
+def test_a_fallback_is_counted_with_its_reason_and_logged_once(job: Job):
+    reason = TORCH_NCCL.fallback_reason
+    for rank, (stats, warnings) in enumerate(job.run(fall_back_and_return)):
+        assert stats == {
+            "ops": {
+                "all_reduce": {
+                    "pynccl": {"calls": 2, "bytes": 24},
+                    "torch_nccl": {"calls": 2, "bytes": 24},
+                }
+            },
+            "fallbacks": {reason: 2},
+        }
+        place = f"[group 'cp', rank {rank} ({rank // 4} of 2)]"
+        assert warnings == [f"all_reduce: using 'torch_nccl', because {reason} {place}"]
+
+
+def count_alone(state: ParallelState) -> dict[str, Any]:
+    before = state.pp.stats()["ops"].get("all_reduce", {}).get("local", {"calls": 0, "bytes": 0})
+    x = torch.ones(3)
+    assert state.pp.all_reduce(x) is x
+    after = state.pp.stats()["ops"]["all_reduce"]["local"]
+    return {name: after[name] - before[name] for name in after}
+
+
+def test_a_group_of_one_runs_locally(job: Job):
+    assert job.run(count_alone) == [{"calls": 1, "bytes": 12}] * 8

@@ -1,0 +1,39 @@
+"""The README's quick start, run as printed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+QUICK_START = re.search(r"```python\n# quickstart\.py\n(.*?)```", README, re.DOTALL)
+NUM_RANKS = 4
+
+
+def test_quick_start_runs_as_printed(tmp_path: Path) -> None:
+    assert QUICK_START is not None
+    assert f"torchrun --nproc-per-node {NUM_RANKS} quickstart.py" in README
+    (tmp_path / "quickstart.py").write_text(QUICK_START[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(NUM_RANKS), str(tmp_path / "quickstart.py")]
+    done = subprocess.run(
+        command, cwd=ROOT, timeout=90, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(NUM_RANKS):
+        pair = sorted({rank, (rank + 2) % NUM_RANKS})
+        assert f"rank {rank}: hello 6 (3, 3) [{pair[0]}.0, {pair[1]}.0]" in done.stdout
+
+
+def test_quick_start_is_short() -> None:
+    assert QUICK_START is not None
+    assert len(QUICK_START[1].splitlines()) <= 25
+
+
+def test_every_environment_variable_is_listed() -> None:
+    source = (ROOT / "distcomm" / "env.py").read_text()
+    for name in set(re.findall(r'"([A-Z][A-Z_]+)"', source)):
+        assert f"`{name}`" in README, name
