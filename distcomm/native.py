@@ -109,7 +109,7 @@ class RaggedCollectives:
         send: int,
         recv: int,
         counts: Sequence[int],
-        element: tuple[int, int, int],
+        element: tuple[int, c_int, c_int],
         stream: int,
     ) -> int:
         """`element` is (bytes of one element, ncclDataType_t, ncclRedOp_t)."""

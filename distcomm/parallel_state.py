@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
 
-import torch
-
+from .agreement import Wish, agree_on_job
 from .communicators import GroupCommunicators, JobContext
-from .devices import CudaProbe, agreed_device_type, check_device, probe_cuda
 from .errors import (
     AlreadyInitializedError,
     ArgumentError,
@@ -35,7 +30,7 @@ from .process_groups import (
     create_default_process_group,
     destroy_default_process_group,
 )
-from .rendezvous import Launch, check_in, find_launch, open_store, pass_stage
+from .rendezvous import Launch, find_launch, pass_stage
 
 __all__ = [
     "ParallelState",
@@ -52,8 +47,6 @@ __all__ = [
     "init_distributed",
     "is_initialized",
 ]
-
-logger = logging.getLogger(__name__)
 
 # gloo tries this much longer than its timeout to connect to a rank that has failed.
 _GIVING_UP_S = 10.0
@@ -285,8 +278,8 @@ def init_distributed(  # noqa: PLR0913 - a launch and its sizes have that many p
         )
     timeout_s = _checked_timeout(timeout)
     launch = find_launch(init_method, rank, world_size, local_rank)
-    wish = _Wish({"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep}, order, cp_layout, device)
-    layout, job = _agree(wish, launch, timeout_s)
+    wish = Wish({"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep}, order, cp_layout, device)
+    layout, job = agree_on_job(wish, launch, timeout_s)
     _current = ParallelState(layout, launch, job)
     return _current
 
@@ -351,76 +344,6 @@ def get_ep_group() -> GroupCoordinator:
 def get_moe_tp_group() -> GroupCoordinator:
     """The ranks that split the experts of this rank among them."""
     return get_parallel_state().moe_tp
-
-
-@dataclass(frozen=True)
-class _Wish:
-    """What the caller asked for; must be the same on all ranks."""
-
-    sizes: dict[str, int]
-    order: str
-    cp_layout: str
-    device: str
-
-    def layout(self, world_size: int) -> ParallelLayout:
-        return ParallelLayout(world_size, **self.sizes, order=self.order, cp_layout=self.cp_layout)
-
-    def as_json(self, world_size: int) -> dict[str, Any]:
-        # As text: a wrong value may be of a type that JSON hasn't.
-        wishes = {**self.sizes, "order": self.order, "cp_layout": self.cp_layout}
-        return {
-            "world_size": world_size,
-            **{name: repr(value) for name, value in wishes.items()},
-            "device": repr(self.device),
-        }
-
-
-def _agree(wish: _Wish, launch: Launch, timeout_s: float) -> tuple[ParallelLayout, JobContext]:
-    """The layout and the device that all ranks will use. Collective; the same error on all."""
-    store = open_store(launch, timeout_s)
-    local_rank = launch.rank if launch.local_rank is None else launch.local_rank
-    probe, problem = CudaProbe(), None
-    try:
-        check_device(wish.device, launch.rank)
-        layout = wish.layout(launch.world_size)
-        if wish.device != "cpu":
-            probe = probe_cuda(local_rank)
-    except DistcommError as error:
-        problem = error
-    try:
-        reports = check_in(
-            store,
-            launch,
-            report=probe.as_json(),
-            must_agree=wish.as_json(launch.world_size),
-            failure=None if problem is None else str(problem),
-            timeout_s=timeout_s,
-        )
-    except InitializationError:
-        if problem is not None:
-            raise problem from None
-        raise
-    device_type, problems = agreed_device_type(wish.device, reports, launch.rank)
-    if launch.rank == 0:
-        _log_choices(layout, wish, problems)
-    device, nccl = torch.device("cpu"), None
-    if device_type == "cuda":
-        device, nccl = torch.device("cuda", probe.device_index), probe.nccl
-        torch.cuda.set_device(device)
-    return layout, JobContext(device, local_rank, store, timeout_s, nccl)
-
-
-def _log_choices(layout: ParallelLayout, wish: _Wish, problems: dict[int, str]) -> None:
-    if wish.cp_layout == "auto" and layout.cp > 1:
-        logger.info("cp_layout='auto' is %s for %d ranks", layout.cp_layout, layout.world_size)
-    if problems and wish.device == "auto":
-        rank, problem = next(iter(problems.items()))
-        logger.info(
-            "device='auto' is cpu, because CUDA isn't usable on %d rank(s); rank %d: %s",
-            len(problems),
-            rank,
-            problem,
-        )
 
 
 def _checked_timeout(timeout: float | timedelta) -> float:

@@ -89,11 +89,10 @@ def _check(all_reduce: Callable[[torch.Tensor], torch.Tensor], state: ParallelSt
 
 def _bare_call(comm: PyNcclCommunicator, x: torch.Tensor) -> Callable[[], object]:
     """The C call with every argument converted beforehand: the floor for any Python wrapper."""
-    data_type, op = REDUCTION_CODES[x.dtype, "sum"]
+    type_code, op_code = REDUCTION_CODES[x.dtype, "sum"]
     function = comm.library.ncclAllReduce
     pointer, stream = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(comm._stream())
     count, handle = ctypes.c_size_t(x.numel()), ctypes.c_void_p(comm._comm)
-    type_code, op_code = ctypes.c_int(data_type), ctypes.c_int(op)
     return lambda: function(pointer, pointer, count, type_code, op_code, handle, stream)
 
 

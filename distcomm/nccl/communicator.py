@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from ctypes import c_int
 
 import torch
 
@@ -58,33 +59,28 @@ class PyNcclCommunicator(NcclConnection):
         Returns:
             `out`, or a new contiguous tensor like `x`.
         """
-        # The hot path: one lookup both validates (dtype, op) and translates it.
-        codes = REDUCTION_CODES.get((x.dtype, op))
-        if (
-            codes is None
-            or not self._usable
-            or self._grouped is not None
-            or x.get_device() != self._device_index
-            or not x.is_contiguous()
-        ):
-            x, codes = self._reduction_input("all_reduce", x, op)
+        # The hot path: `_direct` stands for a communicator that is usable and not inside group(),
+        # and the look-up both validates the dtype and op and translates them.
+        direct = self._direct
+        try:
+            codes = REDUCTION_CODES[x.dtype, op]
+        except KeyError:
+            raise_bad_reduction("all_reduce", x.dtype, op, REDUCTION_CODES, self.member)
+        if direct is None or x.get_device() != direct[3] or not x.is_contiguous():
+            x = self._input("all_reduce", "x", x)
+            direct = self._direct_call()
         if out is None:
             out = torch.empty_like(x)
         elif out is not x:
             check_output("all_reduce", "out", out, [x.shape], x, self.member)
         if self._grouped is not None:
             self._grouped.append(out)
-        count = x.numel()
+        function, comm, raw_stream, device_index = direct
+        send, count = x.data_ptr(), x.numel()
+        receive = send if out is x else out.data_ptr()
         if count:
-            code = self._nccl_all_reduce(
-                x.data_ptr(),
-                out.data_ptr(),
-                count,
-                codes[0],
-                codes[1],
-                self._comm,
-                self._raw_stream(self._device_index),
-            )
+            stream = raw_stream(device_index)
+            code = function(send, receive, count, codes[0], codes[1], comm, stream)
             if code:
                 self._check("ncclAllReduce", code)
         return out
@@ -338,7 +334,7 @@ class PyNcclCommunicator(NcclConnection):
 
     def _reduction_input(
         self, call: str, x: torch.Tensor, op: str, argument: str = "x"
-    ) -> tuple[torch.Tensor, tuple[int, int]]:
+    ) -> tuple[torch.Tensor, tuple[c_int, c_int]]:
         codes = REDUCTION_CODES.get((x.dtype, op))
         if codes is None:
             raise_bad_reduction(call, x.dtype, op, REDUCTION_CODES, self.member, argument)

@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# What an all-reduce needs of its communicator: ncclAllReduce, the handle, what finds the current
+# stream of a device, and that device.
+DirectCall = tuple[Callable[..., int], ctypes.c_void_p, Callable[[int], int], int]
+
 # ncclCommDestroy takes milliseconds, or as long as a CUDA graph holds the communicator.
 _FREE_S = 3.0
 
@@ -64,7 +68,7 @@ class NcclConnection:
         self._timeout_s = timeout_s
         self._enabled = True
         self._closed = False
-        self._usable = False  # enabled and not closed: the one flag that the hot path reads
+        self._usable = False  # enabled and not closed
         self._grouped: list[torch.Tensor] | None = None  # kept alive until the NCCL group ends
         self._device_index = -1
         self._raw_stream: Callable[[int], int] = _no_stream
@@ -76,7 +80,8 @@ class NcclConnection:
             self.device = torch.device("cuda", self._device_index)
             self._raw_stream = torch._C._cuda_getCurrentRawStream
         self._comm = self._connect(cpu_group, library)
-        self._usable = True
+        self._direct: DirectCall | None = None
+        self._refresh()
 
     @property
     def enabled(self) -> bool:
@@ -112,6 +117,7 @@ class NcclConnection:
         self._refuse_unless_usable("group")
         self.library.check("ncclGroupStart", self.library.ncclGroupStart(), member=self.member)
         self._grouped = []
+        self._refresh()
         try:
             yield
         except BaseException:
@@ -129,7 +135,7 @@ class NcclConnection:
         if self._closed:
             return
         self._closed = True
-        self._usable = False
+        self._refresh()
         comm, self._comm = self._comm, 0
         free = self.library.ncclCommDestroy
         try:
@@ -155,6 +161,7 @@ class NcclConnection:
     def _end_group(self) -> int:
         code: int = self.library.ncclGroupEnd()
         self._grouped = None
+        self._refresh()
         return code
 
     def _connect(self, cpu_group: dist.ProcessGroup, library: NcclLibrary | None) -> int:
@@ -165,7 +172,6 @@ class NcclConnection:
         try:
             self.library = library or NcclLibrary()
             self._ragged = RaggedCollectives(self.library.path)
-            self._nccl_all_reduce = self.library.ncclAllReduce
             if self.member.rank_in_group == 0:
                 unique_id = self.library.new_unique_id()
         except Exception as error:  # noqa: BLE001 - whatever it is, all ranks are told
@@ -259,7 +265,19 @@ class NcclConnection:
 
     def _set_enabled(self, enabled: bool) -> None:
         self._enabled = enabled
-        self._usable = enabled and not self._closed
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Renews what follows from being enabled, closed, or inside `group()`."""
+        self._usable = self._enabled and not self._closed
+        self._direct = None
+        if self._usable and self._grouped is None:
+            self._direct = self._direct_call()
+
+    def _direct_call(self) -> DirectCall:
+        # A ctypes object is passed on faster than an int, which is converted on each call.
+        comm = ctypes.c_void_p(self._comm)
+        return self.library.ncclAllReduce, comm, self._raw_stream, self._device_index
 
     def _refuse_unless_usable(self, call: str) -> None:
         if self._closed:

@@ -599,6 +599,7 @@ def check_current_stream(comm: Comm) -> None:
         return 0
 
     comm._raw_stream = current_stream
+    comm._refresh()
     for name, call in CALLS.items():
         if name not in ("send", "recv"):
             asked.clear()
@@ -1116,12 +1117,14 @@ def test_bad_input_is_refused_before_anything_is_sent(workers: WorkerPool) -> No
 
 def check_wrong_device(comm: Comm) -> None:
     comm._device_index, comm.device = 1, torch.device("cuda", 1)
+    comm._refresh()
     for name, call in {**CALLS, **VARIANTS}.items():
         error = raised_by(call, comm)
         assert isinstance(error, ArgumentError), f"{name}: {error!r}"
         assert error.argument in ("x", "input", "out")
         assert (error.requirement, str(error.actual)) == ("on cuda:1", "cpu")
     comm._device_index, comm.device = -1, torch.device("cpu")
+    comm._refresh()
     expect_working(comm)
 
 
