@@ -12,7 +12,7 @@ from ..layout import ParallelLayout
 __all__ = ["format_layout", "run_layout"]
 
 _WORLD_SIZE = 524_288
-_LAUNCHES = {
+_LAUNCHES: dict[str, dict[str, Any]] = {
     "tp=8 cp=2 pp=16, dp=4096": {"tp": 8, "cp": 2, "pp": 16, "dp": 4096},
     "tp=8 cp=2 ep=4, dp=65536": {"tp": 8, "cp": 2, "ep": 4, "dp": 65_536},
     "dp=524288": {"dp": 524_288},
