@@ -471,8 +471,8 @@ def test_codes_of_dtypes_and_ops() -> None:
     }
     assert {dtype for dtype, _ in REDUCTION_CODES} == names.keys()
     for (dtype, op), (dtype_code, op_code) in REDUCTION_CODES.items():
-        assert dtype_code == codes[names[dtype]]
-        assert op_code == codes[f"nccl{op.capitalize()}"]
+        assert dtype_code.value == codes[names[dtype]]
+        assert op_code.value == codes[f"nccl{op.capitalize()}"]
     integers = {dtype for dtype in names if not dtype.is_floating_point}
     assert {dtype for dtype, op in REDUCTION_CODES if op == "avg"} == names.keys() - integers
     assert {*REDUCE_OPS} == {op for _, op in REDUCTION_CODES}
