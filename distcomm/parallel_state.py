@@ -8,7 +8,8 @@ from __future__ import annotations
 import atexit
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 
@@ -182,34 +183,40 @@ class ParallelState:
             destroy_default_process_group()
 
     def _build_groups(self) -> None:
+        everyone = tuple(range(self.world_size))
+        with self._together("world", everyone):
+            self._communicators[everyone] = self._world_communicators(everyone)
+            self.world = self._add_group(GroupMember("world", everyone, self.rank))
+        for axis, ranks in self.layout.groups_of(self.rank).items():
+            with self._together(axis, ranks):
+                setattr(self, axis, self._add_group(GroupMember(axis, ranks, self.rank)))
+
+    def _world_communicators(self, everyone: tuple[int, ...]) -> GroupCommunicators:
+        default_group = None
         if self._owns_default_group:
             default_group = create_default_process_group(
                 self.rank, self.world_size, self._job.store, self._job.timeout_s
             )
-        else:
-            default_group = None
-        everyone = tuple(range(self.world_size))
-        self._communicators[everyone] = GroupCommunicators(
-            GroupMember("world", everyone, self.rank),
-            self._job,
-            _unique_name(everyone),
-            cpu_group=default_group,
-        )
-        self.world = self._add_group(GroupMember("world", everyone, self.rank))
-        for axis, ranks in self.layout.groups_of(self.rank).items():
-            self._add_axis(axis, ranks)
+        member = GroupMember("world", everyone, self.rank)
+        return GroupCommunicators(member, self._job, _unique_name(everyone), default_group)
 
-    def _add_axis(self, axis: str, ranks: tuple[int, ...]) -> None:
-        """Makes the groups of one axis, everywhere or nowhere."""
-        known = ranks in self._communicators
+    @contextmanager
+    def _together(self, axis: str, ranks: tuple[int, ...]) -> Iterator[None]:
+        """The body makes the group of `axis`: on all ranks, or it fails on all of them.
+
+        No rank goes on before all have made theirs, so that none can close while another one
+        still connects to it.
+        """
+        if ranks in self._communicators or len(ranks) == 1:
+            yield
+            return
         failure = None
         try:
-            setattr(self, axis, self._add_group(GroupMember(axis, ranks, self.rank)))
-        except (DistcommError, RuntimeError) as error:
+            yield
+        except RuntimeError as error:
             failure = f"making the {axis} group failed: {error}"
-        if not known and len(ranks) > 1:
-            wait_s = 2 * self._job.timeout_s + _GIVING_UP_S
-            pass_stage(self._job.store, self._launch, f"groups/{axis}", failure, wait_s)
+        wait_s = 2 * self._job.timeout_s + _GIVING_UP_S
+        pass_stage(self._job.store, self._launch, f"groups/{axis}", failure, wait_s)
 
     def _add_group(self, member: GroupMember) -> GroupCoordinator:
         ranks = member.ranks

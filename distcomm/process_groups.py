@@ -76,6 +76,9 @@ def create_default_process_group(
     rank: int, world_size: int, store: Store, timeout_s: float
 ) -> dist.ProcessGroup:
     """Makes torch's default process group, on gloo. Collective among all ranks."""
+    # torch names the default group after how many groups this process has made, also for an
+    # initialization that then failed on this rank alone; ranks of other names never meet.
+    c10d._world.group_count = 0
     dist.init_process_group(
         "gloo",
         store=store,

@@ -8,6 +8,7 @@ import math
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,6 +33,7 @@ from distcomm import (
     LayoutError,
     NotInitializedError,
     ParallelState,
+    rendezvous,
 )
 from tests.cpu.job import start
 from tests.worker_pool import WorkerPool, fresh_init_method
@@ -676,6 +678,32 @@ def fail_on_tcp_or_file(rank: int, world_size: int, url: str, options: dict[str,
     return str(error)
 
 
+@leaves_nothing
+def read_the_verdict_late(rank: int, world_size: int, url: str) -> str:
+    """Rank 0, in whose process the store is, has nothing to do after its own error but to go."""
+    read = rendezvous._await_verdict
+
+    def read_late(*args: Any) -> dict[str, Any]:
+        time.sleep(0.3)
+        return read(*args)
+
+    rendezvous._await_verdict = read_late
+    try:
+        start(rank, world_size, url, tp=world_size, device="cuda")
+    except InitializationError as error:
+        return str(error)
+    finally:
+        rendezvous._await_verdict = read
+        gc.collect()
+    return "no error"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA devices")
+def test_rank_0_stays_until_all_know_why_it_fails(workers: WorkerPool):
+    for text in workers.run(read_the_verdict_late, new_url("tcp"), ranks=3):
+        assert "device='cuda' can't be used" in text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA devices")
 def test_auto_is_cpu_without_gpus(workers: WorkerPool):
     groups = workers.run(make_groups, fresh_init_method(), ranks=2, tp=2, device="auto")
@@ -739,32 +767,82 @@ def test_a_store_that_nobody_serves_is_named(workers: WorkerPool):
 
 
 @leaves_nothing
-def fail_while_building(rank: int, world_size: int, url: str, bad_rank: int) -> str:
-    """One rank can't make a process group of the cp axis."""
+def fail_while_building(rank: int, world_size: int, url: str, failing: int, bad_rank: int) -> str:
+    """One rank can't make its `failing`-th process group. Later it can."""
     make, calls = c10d._new_process_group_helper, []
 
     def make_or_fail(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        if rank == bad_rank and len(calls) == 2:  # after that of the world
+        if rank == bad_rank and len(calls) == failing:
             raise RuntimeError("out of sockets")
         return make(*args, **kwargs)
 
+    options = {"tp": 4, "cp": 2}
     c10d._new_process_group_helper = make_or_fail
     try:
-        error = outcome_of(rank, world_size, url, {"tp": 4, "cp": 2, "timeout": SHORT_S})
+        error = outcome_of(rank, world_size, url, {**options, "timeout": SHORT_S})
     finally:
         c10d._new_process_group_helper = make
     assert type(error) is InitializationError
+    with start(rank, world_size, f"{url}-second", **options) as state:
+        assert all(map(sums_to_its_ranks, state.groups.values()))
     return str(error)
 
 
-def test_a_failure_while_building_fails_all_ranks(workers: WorkerPool):
-    results = workers.run(fail_while_building, fresh_init_method(), 3, ranks=4)
+@pytest.mark.parametrize(
+    ("axis", "failing", "peers", "others"), [("world", 1, [0, 1, 2], []), ("cp", 2, [1], [0, 2])]
+)
+def test_a_failure_while_building_fails_all_ranks_and_leaves_nothing(
+    workers: WorkerPool, axis: str, failing: int, peers: list[int], others: list[int]
+):
+    results = workers.run(fail_while_building, fresh_init_method(), failing, 3, ranks=4)
     for text in results:
-        assert "rank 3: making the cp group failed: out of sockets" in text
-        assert "rank 1: making the cp group failed: Wait timeout" in text  # its peer
-        assert "rank 0:" not in text
+        assert f"rank 3: making the {axis} group failed: out of sockets" in text
+        for rank in peers:
+            assert f"rank {rank}: making the {axis} group failed: Wait timeout" in text
+        for rank in others:
+            assert f"rank {rank}:" not in text
     assert len({text.split("\n", 1)[1] for text in results}) == 1
+
+
+@leaves_nothing
+def fail_alone_then_meet(rank: int, world_size: int, url: str) -> None:
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="Wait timeout"):
+            dist.init_process_group(
+                "gloo",
+                store=dist.HashStore(),
+                rank=0,
+                world_size=2,
+                timeout=timedelta(seconds=SHORT_S),
+            )
+    with start(rank, world_size, url, tp=world_size) as state:
+        assert sums_to_its_ranks(state.tp)
+
+
+def test_ranks_meet_although_one_has_failed_by_itself_before(workers: WorkerPool):
+    workers.run(fail_alone_then_meet, fresh_init_method(), ranks=2)
+
+
+@leaves_nothing
+def close_at_once(rank: int, world_size: int, urls: list[str]) -> None:
+    """All ranks but one are quick: they have left when the slow one has what it connects to."""
+    make = c10d._new_process_group_helper
+
+    def make_slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.05)
+        return make(*args, **kwargs)
+
+    for number, url in enumerate(urls):
+        if number % world_size == rank:
+            c10d._new_process_group_helper = make_slowly
+        with start(rank, world_size, url, tp=world_size):
+            pass
+        c10d._new_process_group_helper = make
+
+
+def test_a_state_may_be_closed_as_soon_as_it_is_there(workers: WorkerPool):
+    workers.run(close_at_once, [fresh_init_method() for _ in range(9)], ranks=3)
 
 
 # Nothing grows
