@@ -23,6 +23,7 @@ __all__ = [
     "check_sizes",
     "check_splits",
     "gathered_shapes",
+    "materialized",
     "raise_bad_reduction",
     "scattered_shapes",
 ]
@@ -82,6 +83,14 @@ def check_output(
             call=call,
             member=member,
         )
+    if output.is_conj() or output.is_neg():
+        raise ArgumentError(
+            argument,
+            "no lazily conjugated or negated view, because it is written in place",
+            "a view by conj() or imag",
+            call=call,
+            member=member,
+        )
 
 
 def check_distinct(call: str, argument: str, x: torch.Tensor, member: GroupMember) -> None:
@@ -105,6 +114,14 @@ def check_shape(
             argument, "of non-negative sizes", list(shape), call=call, member=member
         )
     return tuple(shape)
+
+
+def materialized(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy of it whose memory holds its values in order.
+
+    Not so are strided views, and those that torch conjugates or negates only when they are read.
+    """
+    return x.resolve_conj().resolve_neg().contiguous()
 
 
 def gathered_shapes(x: torch.Tensor, world_size: int) -> list[tuple[int, ...]]:

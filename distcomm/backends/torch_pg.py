@@ -16,6 +16,7 @@ from ..checks import (
     check_sizes,
     check_splits,
     gathered_shapes,
+    materialized,
     raise_bad_reduction,
     scattered_shapes,
 )
@@ -162,7 +163,7 @@ class TorchPgBackend:
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         check_peer("broadcast", "src", src, self._member)
         self._check_device("broadcast", "x", x)
-        buffer = x.contiguous()
+        buffer = materialized(x)
         if x.numel():
             with collective_errors("broadcast", self._member):
                 dist.broadcast(_as_bytes(buffer), group=self._group, group_src=src)
@@ -270,4 +271,4 @@ class TorchPgBackend:
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
     """uint8 [B] over the memory of `x`, or of a copy where `x` isn't contiguous."""
     # Not reshape: it keeps the stride 0 of an expanded dim, which `view` refuses.
-    return x.contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8)
+    return materialized(x).as_strided((x.numel(),), (1,)).view(torch.uint8)

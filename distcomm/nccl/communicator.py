@@ -17,6 +17,7 @@ from ..checks import (
     check_sizes,
     check_splits,
     gathered_shapes,
+    materialized,
     raise_bad_reduction,
     scattered_shapes,
 )
@@ -66,7 +67,12 @@ class PyNcclCommunicator(NcclConnection):
             codes = REDUCTION_CODES[x.dtype, op]
         except KeyError:
             raise_bad_reduction("all_reduce", x.dtype, op, REDUCTION_CODES, self.member)
-        if direct is None or x.get_device() != direct[3] or not x.is_contiguous():
+        if (
+            direct is None
+            or x.get_device() != direct[3]
+            or not x.is_contiguous()
+            or x.is_neg()  # a view that torch negates when it is read
+        ):
             x = self._input("all_reduce", "x", x)
             direct = self._direct_call()
         if out is None:
@@ -328,7 +334,7 @@ class PyNcclCommunicator(NcclConnection):
             raise ArgumentError(
                 argument, f"on {self.device}", x.device, call=call, member=self.member
             )
-        x = x.contiguous()
+        x = materialized(x)
         self._keep(x)
         return x
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distcomm import GroupCoordinator, ParallelState
+from distcomm import ArgumentError, GroupCoordinator, ParallelState
 from tests.cpu.checked_calls import (
     MOVED_DTYPES,
     MOVEMENTS,
@@ -148,3 +148,23 @@ def pass_a_barrier(state: ParallelState, folder: Path) -> None:
 
 def test_nobody_passes_a_barrier_before_all_have_come(job: Job, tmp_path: Path):
     job.run(pass_a_barrier, tmp_path)
+
+
+def gather_lazy_views(state: ParallelState) -> None:
+    """Views that torch conjugates or negates only when they are read arrive as what they read."""
+    group, rank = state.cp, state.cp.rank_in_group
+    inputs = [torch.complex(torch.arange(3.0) + r, torch.ones(3)) for r in range(group.world_size)]
+    lazy = inputs[rank].conj()
+    assert lazy.is_conj()
+    assert lazy.imag.is_neg()
+    conjugated = [x.conj().resolve_conj() for x in inputs]
+    assert torch.equal(group.all_gather(lazy, dim=0), torch.cat(conjugated))
+    assert torch.equal(group.all_reduce(lazy.imag), sum(x.imag for x in conjugated))
+    received = group.broadcast(inputs[rank].clone().conj(), src=1)
+    assert torch.equal(received.resolve_conj(), conjugated[1])
+    with pytest.raises(ArgumentError, match="no lazily conjugated"):
+        group.all_gather_into_tensor(torch.empty(6, dtype=lazy.dtype).conj(), lazy)
+
+
+def test_lazily_conjugated_views(job: Job) -> None:
+    job.run(gather_lazy_views)

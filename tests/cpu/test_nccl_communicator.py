@@ -1115,6 +1115,21 @@ def test_bad_input_is_refused_before_anything_is_sent(workers: WorkerPool) -> No
     run(workers, 3, check_bad_input)
 
 
+def check_lazy_views(comm: Comm) -> None:
+    """Views that torch conjugates or negates only when they are read."""
+    ranks = range(comm.world_size)
+    inputs = [torch.complex(torch.arange(3.0) + rank, torch.ones(3)) for rank in ranks]
+    lazy = inputs[rank_of(comm)].conj()
+    gathered = comm.all_gather_into_tensor(torch.empty(len(ranks) * 3, dtype=lazy.dtype), lazy)
+    assert torch.equal(gathered, torch.cat(inputs).conj().resolve_conj())
+    assert torch.equal(comm.all_reduce(lazy.imag), torch.full((3,), -float(len(ranks))))
+    assert torch.equal(comm.all_reduce(lazy.imag[:1]), torch.full((1,), -float(len(ranks))))
+
+
+def test_lazily_conjugated_views(workers: WorkerPool) -> None:
+    run(workers, 2, check_lazy_views)
+
+
 def check_wrong_device(comm: Comm) -> None:
     comm._device_index, comm.device = 1, torch.device("cuda", 1)
     comm._refresh()
