@@ -269,6 +269,6 @@ class TorchPgBackend:
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """uint8 [B] over the memory of `x`, or of a copy where `x` isn't contiguous."""
+    """uint8 [B] over the memory of `x`, or of a copy where `x` isn't materialized."""
     # Not reshape: it keeps the stride 0 of an expanded dim, which `view` refuses.
     return materialized(x).as_strided((x.numel(),), (1,)).view(torch.uint8)

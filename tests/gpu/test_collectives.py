@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from distcomm import GroupCoordinator, ParallelState, init_distributed
+from distcomm import GroupCoordinator, ParallelState
 from tests.gpu.cases import CASES, Case
+from tests.gpu.job import start
 from tests.worker_pool import WorkerPool, fresh_init_method
 
 REDUCED = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64]
 MOVED = [torch.float32, torch.bfloat16, torch.uint8, torch.int16, torch.bool, torch.complex64]
 MOVED += [torch.float8_e4m3fn]
 REPLAYS = 5
-
-
-def start(rank: int, world: int, method: str) -> ParallelState:
-    return init_distributed(
-        tp=world, device="cuda", init_method=method, rank=rank, world_size=world, timeout=60
-    )
 
 
 def groups_of(state: ParallelState) -> list[GroupCoordinator]:

@@ -16,27 +16,16 @@ from distcomm import (
     GroupCoordinator,
     InitializationError,
     PyNcclCommunicator,
-    init_distributed,
 )
+from tests.gpu.job import start
 from tests.worker_pool import WorkerPool, fresh_init_method
 
 ROOT = Path(__file__).parents[2]
 
 
-def launch(rank: int, world: int, method: str, device: str = "cuda", **sizes: int):
-    return init_distributed(
-        **(sizes or {"tp": world}),
-        device=device,
-        init_method=method,
-        rank=rank,
-        world_size=world,
-        timeout=60,
-    )
-
-
 def single_rank(rank: int, world: int, method: str) -> None:
     """A group of one makes no communicator; one made by hand works."""
-    with launch(rank, world, method) as state:
+    with start(rank, world, method) as state:
         assert state.device.type == "cuda"
         assert state.tp.pynccl_comm is None
         x = torch.arange(5.0, device=state.device)
@@ -69,7 +58,7 @@ def fail_while_disabled(group: GroupCoordinator, x: torch.Tensor, total: torch.T
 
 
 def disabled_and_closed(rank: int, world: int, method: str) -> None:
-    state = launch(rank, world, method)
+    state = start(rank, world, method)
     tp, comm = state.tp, state.tp.pynccl_comm
     x = torch.full((3,), rank + 1.0, device=state.device)
     total = torch.full((3,), world * (world + 1) / 2, device=state.device)
@@ -92,7 +81,7 @@ def disabled_and_closed(rank: int, world: int, method: str) -> None:
 
 
 def wrong_device(rank: int, world: int, method: str) -> None:
-    with launch(rank, world, method) as state:
+    with start(rank, world, method) as state:
         other = torch.device("cuda", (state.device.index + 1) % world)
         with pytest.raises(ArgumentError, match=f"on {state.device}; got {other}"):
             state.tp.all_reduce(torch.ones(2, device=other))
@@ -110,26 +99,18 @@ def one_rank_without_nccl(rank: int, world: int, method: str, device: str) -> st
     if rank == 1:
         os.environ["DISTCOMM_NCCL_SO"] = "/nonexistent/libnccl.so.2"
     try:
-        with launch(rank, world, method, device) as state:
+        with start(rank, world, method, device=device) as state:
             return str(state.device)
     finally:
         os.environ.pop("DISTCOMM_NCCL_SO", None)
 
 
 def same_gpu_twice(rank: int, world: int, method: str) -> None:
-    init_distributed(
-        tp=world,
-        device="cuda",
-        init_method=method,
-        rank=rank,
-        world_size=world,
-        local_rank=0,
-        timeout=60,
-    )
+    start(rank, world, method, local_rank=0)
 
 
 def make_and_close(rank: int, world: int, method: str) -> None:
-    with launch(rank, world, method) as state:
+    with start(rank, world, method) as state:
         x = torch.ones(1 << 20, device=state.device)
         assert (state.tp.all_reduce(x) == world).all()
 

@@ -7,23 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from distcomm import ParallelState, init_distributed
+from tests.gpu.job import start
 from tests.worker_pool import WorkerPool, fresh_init_method
 
 DELAY_CYCLES = 20_000_000  # about 10 ms
 N = 4096
-
-
-def start(rank: int, world: int, method: str) -> ParallelState:
-    return init_distributed(
-        tp=world,
-        cp=world,
-        device="cuda",
-        init_method=method,
-        rank=rank,
-        world_size=world,
-        timeout=60,
-    )
 
 
 def late(value: float, device: torch.device) -> torch.Tensor:
@@ -35,7 +23,7 @@ def late(value: float, device: torch.device) -> torch.Tensor:
 
 def follow_the_current_stream(rank: int, world: int, method: str) -> None:
     total = world * (world + 1) / 2
-    with start(rank, world, method) as state:
+    with start(rank, world, method, cp=world) as state:
         side = torch.cuda.Stream()
         # Other work on the default stream must neither delay nor disturb the side stream.
         torch.cuda._sleep(DELAY_CYCLES)
@@ -48,7 +36,7 @@ def follow_the_current_stream(rank: int, world: int, method: str) -> None:
 
 
 def run_beside_the_caller(rank: int, world: int, method: str) -> None:
-    with start(rank, world, method) as state:
+    with start(rank, world, method, cp=world) as state:
         side = torch.cuda.Stream()
         for trial in range(20):
             output = torch.full((world, N), -7.0, device=state.device)
@@ -69,7 +57,7 @@ def run_beside_the_caller(rank: int, world: int, method: str) -> None:
 
 def keep_tensors_alive(rank: int, world: int, method: str) -> None:
     """Input and output are dropped at once; their memory must not be reused too early."""
-    with start(rank, world, method) as state:
+    with start(rank, world, method, cp=world) as state:
         side = torch.cuda.Stream()
         torch.cuda.synchronize()
         with torch.cuda.stream(side):
@@ -87,7 +75,7 @@ def keep_tensors_alive(rank: int, world: int, method: str) -> None:
 
 
 def two_groups_at_once(rank: int, world: int, method: str) -> None:
-    with start(rank, world, method) as state:
+    with start(rank, world, method, cp=world) as state:
         pair = state.create_group("reversed", list(reversed(range(world))))
         streams = torch.cuda.Stream(), torch.cuda.Stream()
         for trial in range(50):
