@@ -49,6 +49,20 @@ def eager(rank: int, world: int, method: str) -> None:
             assert backends == {"pynccl"}
 
 
+def lazy_views(rank: int, world: int, method: str) -> None:
+    """Conjugated and negated views arrive as what they read, not as the bytes behind them."""
+    with start(rank, world, method) as state:
+        z = torch.arange(8, device=state.device) * (1 + 2j) * (rank + 1)
+        gathered = state.tp.all_gather(z.conj(), dim=0)
+        wanted = [torch.arange(8) * (1 - 2j) * (r + 1) for r in range(world)]
+        assert torch.equal(gathered.cpu(), torch.cat(wanted).to(gathered.dtype))
+        total = sum(range(1, world + 1))
+        for lazy in (z.conj().imag, z.conj().imag[3:4]):  # negated: the second is contiguous
+            assert lazy.is_neg()
+            summed = state.tp.all_reduce(lazy)
+            assert torch.equal(summed.cpu(), lazy.cpu() / (rank + 1) * total)
+
+
 def captured(rank: int, world: int, method: str) -> None:
     """One graph of all collectives on all groups; each replay has new inputs."""
     with start(rank, world, method) as state:
@@ -91,6 +105,10 @@ def random_sequences(rank: int, world: int, method: str, num_calls: int) -> None
 
 def test_eager(gpus: WorkerPool, world: int) -> None:
     gpus.run(eager, fresh_init_method(), ranks=world)
+
+
+def test_lazy_views(gpus: WorkerPool, world: int) -> None:
+    gpus.run(lazy_views, fresh_init_method(), ranks=world)
 
 
 def test_captured_and_replayed(gpus: WorkerPool, world: int) -> None:
