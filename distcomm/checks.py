@@ -17,6 +17,7 @@ from .errors import ArgumentError, GroupMember
 __all__ = [
     "check_dim",
     "check_distinct",
+    "check_exchange",
     "check_output",
     "check_peer",
     "check_shape",
@@ -197,6 +198,52 @@ def check_splits(
             member=member,
         )
     return splits
+
+
+def check_exchange(
+    call: str,
+    output: torch.Tensor,
+    input: torch.Tensor,
+    receive: Sequence[int],
+    send: Sequence[int],
+    member: GroupMember,
+) -> None:
+    """What a rank sends to itself is what it gets, and `output` shares no memory with `input`.
+
+    Args:
+        receive, send: rows of `output` and of `input` per rank; checked already.
+    """
+    own = member.rank_in_group
+    if receive[own] != send[own]:
+        raise ArgumentError(
+            "output_splits",
+            f"{send[own]} at index {own}, the rows that the caller sends to itself",
+            list(receive),
+            call=call,
+            member=member,
+        )
+    if _overlap(output, input):
+        raise ArgumentError(
+            "output",
+            "in other memory than input, which is still read while output is written",
+            "overlapping tensors",
+            call=call,
+            member=member,
+        )
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the address ranges of two tensors meet; gaps between strided elements count."""
+    if not a.numel() or not b.numel():
+        return False
+    (a_start, a_end), (b_start, b_end) = _address_range(a), _address_range(b)
+    return a_start < b_end and b_start < a_end
+
+
+def _address_range(x: torch.Tensor) -> tuple[int, int]:
+    start = x.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + (last + 1) * x.element_size()
 
 
 def _rows(call: str, argument: str, x: torch.Tensor, member: GroupMember) -> int:

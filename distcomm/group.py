@@ -118,7 +118,8 @@ class GroupCoordinator(ObjectCollectives):
 
     def stats(self) -> dict[str, Any]:
         """Counters of this rank: ``{"ops": {op: {backend: {"calls", "bytes"}}}, "fallbacks":
-        {reason: calls}}``. Bytes are those of the call's tensor argument. Not collective."""
+        {reason: calls}}``. Bytes are those of the call's tensor argument. Stays readable after
+        `close()`. Not collective."""
         return self._router.stats()
 
     def close(self) -> None:

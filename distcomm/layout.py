@@ -136,7 +136,9 @@ class ParallelLayout:
     def groups_of(self, rank: int) -> dict[str, tuple[int, ...]]:
         """For every axis, the ranks of `rank`'s group, in time proportional to their number."""
         rank = self._checked_rank(rank)
-        return {name: tuple(axis.group_of(rank)) for name, axis in self._axes.items()}
+        # Listed once where axes coincide: attn_tp and moe_tp are often tp itself.
+        listed = {axis: tuple(axis.group_of(rank)) for axis in set(self._axes.values())}
+        return {name: listed[axis] for name, axis in self._axes.items()}
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """For every axis, the index of `rank` inside its group."""

@@ -49,6 +49,7 @@ class Router:
         self._backends: dict[str, Backend] = {}
         self._routes: dict[tuple[str, bool, bool], _Route] = {}
         self._closed = False
+        self._stats_at_close: dict[str, Any] = {}
 
     def route(self, op: str, x: torch.Tensor) -> Backend:
         """The backend for `op` on tensors like `x`; counts the call.
@@ -68,7 +69,12 @@ class Router:
         return route.backend
 
     def stats(self) -> dict[str, Any]:
-        """Calls and bytes per op and backend, and how often a fallback was taken and why."""
+        """Calls and bytes per op and backend, and how often a fallback was taken and why.
+
+        After `close()`, those of the time before.
+        """
+        if self._closed:
+            return self._stats_at_close
         ops: dict[str, dict[str, dict[str, int]]] = {}
         fallbacks: dict[str, int] = {}
         for (op, _, _), route in self._routes.items():
@@ -84,7 +90,8 @@ class Router:
         return {"ops": ops, "fallbacks": fallbacks}
 
     def close(self) -> None:
-        """Later calls raise `GroupClosedError`."""
+        """Later calls raise `GroupClosedError`. Idempotent."""
+        self._stats_at_close = self.stats()
         self._closed = True
         self._routes.clear()
         self._backends.clear()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..checks import (
+    check_exchange,
     check_output,
     check_peer,
     check_sizes,
@@ -157,6 +158,7 @@ class TorchPgBackend:
         shape = (*output.shape[:1], *input.shape[1:])
         check_output(call, "output", output, [shape], input, self._member)
         receive = check_splits(call, "output_splits", output_splits, output, self._member)
+        check_exchange(call, output, input, receive, send, self._member)
         self._exchange(call, input.split_with_sizes(list(send)), output.split(list(receive)))
         return output
 

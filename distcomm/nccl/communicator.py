@@ -12,6 +12,7 @@ from ctypes import c_int
 import torch
 
 from ..checks import (
+    check_exchange,
     check_output,
     check_peer,
     check_sizes,
@@ -249,6 +250,7 @@ class PyNcclCommunicator(NcclConnection):
         shape = (*output.shape[:1], *x.shape[1:])
         check_output(call, "output", output, [shape], x, self.member)
         receive = check_splits(call, "output_splits", output_splits, output, self.member)
+        check_exchange(call, output, input, receive, send, self.member)
         self._keep(output)
         row = _row_bytes(x)
         if row:

@@ -64,6 +64,20 @@ def equal_sizes(g: GroupCoordinator) -> list[int]:
     return [2] * g.world_size
 
 
+def three_of_own(g: GroupCoordinator) -> list[int]:
+    """As many rows as `equal_sizes`, of which the caller's own are one too many."""
+    sizes = [3 if r == g.rank_in_group else 2 for r in range(g.world_size)]
+    sizes[(g.rank_in_group + 1) % g.world_size] -= 1
+    return sizes
+
+
+def overlapping_rows(g: GroupCoordinator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both like `rows_for_all`; the last row of one is the first of the other."""
+    rows = 2 * g.world_size
+    memory = floats(2 * rows - 1, 3)
+    return memory[rows - 1 :], memory[:rows]
+
+
 # Functions of a group, an op and an input: every reduction.
 REDUCTIONS: dict[str, Callable[[GroupCoordinator, str, torch.Tensor], object]] = {
     "all_reduce": lambda g, op, x: g.all_reduce(x, op),
@@ -361,6 +375,22 @@ def wrong_splits() -> dict[str, Bad]:
         "output_splits",
         uneven,
         "None",
+        alone=False,
+    )
+    found["all_to_all_single: not to itself what it gets of itself"] = Bad(
+        lambda g: g.all_to_all_single(
+            rows_for_all(g), rows_for_all(g), three_of_own(g), equal_sizes(g)
+        ),
+        "output_splits",
+        "the rows that the caller sends to itself",
+        "[",
+        alone=False,
+    )
+    found["all_to_all_single: overlap"] = Bad(
+        lambda g: g.all_to_all_single(*overlapping_rows(g)),
+        "output",
+        "in other memory than input",
+        "overlapping tensors",
         alone=False,
     )
     found["all_to_all_single: scalar"] = Bad(

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from distcomm import ArgumentError, GroupMember, ParallelState
+from distcomm import ArgumentError, GroupClosedError, GroupMember, ParallelState
 from distcomm.backends import TorchPgBackend
 from distcomm.checks import (
     check_dim,
     check_distinct,
+    check_exchange,
     check_output,
     check_peer,
     check_shape,
@@ -144,6 +145,18 @@ def test_the_message_says_who_got_what_and_wanted_what():
     )
 
 
+def test_an_exchange_may_use_neighbouring_memory():
+    memory = torch.arange(12.0).view(6, 2)
+    fine = [(memory[:3], memory[3:]), (memory[3:], memory[:3]), (memory[2:2], memory[:4])]
+    for output, x in fine:
+        check_exchange("call", output, x, [1, 0, 2], [0, 0, 3], MEMBER)
+    for output, x in [(memory[:3], memory[2:]), (memory.t()[1:], memory.t()[:1])]:
+        with pytest.raises(ArgumentError, match="output must be in other memory than input"):
+            check_exchange("call", output, x, [1, 0, 2], [0, 0, 3], MEMBER)
+    with pytest.raises(ArgumentError, match="output_splits must be 4 at index 1"):
+        check_exchange("call", memory[:3], memory[3:], [1, 5, 2], [0, 4, 3], MEMBER)
+
+
 # Counters
 
 
@@ -171,6 +184,23 @@ def test_calls_and_bytes_are_counted_by_op_and_backend(job: Job):
             },
             "fallbacks": {},
         }
+
+
+def count_and_close(state: ParallelState) -> None:
+    group = state.create_group("counted and closed", range(state.world_size))
+    group.all_reduce(torch.ones(4))
+    counted = group.stats()
+    assert counted["ops"]["all_reduce"]["gloo"]["calls"] == 1
+    for _ in range(2):
+        group.close()
+        assert group.stats() == counted
+    with pytest.raises(GroupClosedError):
+        group.all_reduce(torch.ones(4))
+    assert group.stats() == counted
+
+
+def test_counters_outlive_the_group(job: Job):
+    job.run(count_and_close)
 
 
 def fall_back_and_return(state: ParallelState) -> tuple[dict[str, Any], list[str]]:

@@ -441,7 +441,7 @@ def one_ranks_view(world_size: int, rank: int, **sizes: int) -> None:
 
 
 def test_one_rank_of_half_a_million_runs_no_more_lines_than_one_of_eight():
-    small = traced_lines(lambda: one_ranks_view(8, 5, tp=8, cp=2, ep=4))
+    small = traced_lines(lambda: one_ranks_view(32, 5, tp=8, cp=2, ep=4, pp=2, dp=2))
     huge = traced_lines(lambda: one_ranks_view(524_288, 400_005, dp=64, **HUGE))
     assert 0 < huge == small
 
@@ -468,6 +468,11 @@ def test_a_trillion_ranks_are_no_obstacle():
         layout.size(axis) for axis in AXES
     ]
     assert next(layout.groups("dp"))[1] == 1024**3
+
+
+def test_axes_that_coincide_are_listed_once():
+    groups = ParallelLayout(8, tp=8).groups_of(3)
+    assert groups["tp"] is groups["attn_tp"] is groups["moe_tp"]
 
 
 # The table

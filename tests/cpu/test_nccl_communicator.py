@@ -1027,6 +1027,20 @@ BAD_INPUT: dict[str, tuple[Callable[[Comm], object], str, str, str]] = {
         "3 non-negative row counts",
         "[1, 2]",
     ),
+    "all_to_all_single own split": (
+        lambda c: c.all_to_all_single(
+            torch.ones(3), torch.ones(3), [3 * (r == rank_of(c)) for r in range(3)]
+        ),
+        "output_splits",
+        "the rows that the caller sends to itself",
+        "3",
+    ),
+    "all_to_all_single in place": (
+        lambda c: c.all_to_all_single(x := torch.ones(3), x),
+        "output",
+        "in other memory than input",
+        "overlapping tensors",
+    ),
     "all_to_all_single row shape": (
         lambda c: c.all_to_all_single(torch.ones(3, 2), torch.ones(3, 4)),
         "output",
