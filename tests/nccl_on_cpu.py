@@ -21,7 +21,9 @@ __all__ = [
     "fake_nccl_environment",
     "gloo_group",
     "num_calls",
+    "num_live_bytes",
     "num_live_comms",
+    "num_live_windows",
     "with_environment",
 ]
 
@@ -34,6 +36,8 @@ def fake_nccl_environment() -> dict[str, str | None]:
         "DISTCOMM_NCCL_SO": str(fake_nccl_path()),
         "FAKE_NCCL_FAIL": None,
         "FAKE_NCCL_HANG": None,
+        "FAKE_NCCL_MEMORY_BYTES": None,
+        "FAKE_NCCL_NULL_WINDOW": None,
         "FAKE_NCCL_VERSION": None,
     }
 
@@ -81,6 +85,20 @@ def with_environment(**variables: str) -> Iterator[None]:
 def num_live_comms() -> int:
     """Communicators that this process has made and neither destroyed nor aborted."""
     count: int = ctypes.CDLL(NcclLibrary().path).fake_nccl_live_comms()
+    return count
+
+
+def num_live_windows() -> int:
+    """Windows that this process has neither deregistered nor lost with their communicator."""
+    count: int = ctypes.CDLL(NcclLibrary().path).fake_nccl_live_windows()
+    return count
+
+
+def num_live_bytes() -> int:
+    """Bytes that this process holds from ncclMemAlloc, which rounds up to 2 MiB."""
+    library = ctypes.CDLL(NcclLibrary().path)
+    library.fake_nccl_live_bytes.restype = ctypes.c_long
+    count: int = library.fake_nccl_live_bytes()
     return count
 
 

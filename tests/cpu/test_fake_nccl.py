@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import random
 import struct
+import time
 import traceback
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,8 @@ from tests.fake_nccl import fake_nccl_path
 
 WORLD = 4
 WAIT_S = 30
+MIB = 1 << 20
+BAD_ADDRESS = 0xDEADBEEF000  # what a failed ncclMemAlloc leaves
 
 SUCCESS, UNHANDLED_CUDA_ERROR, INVALID_ARGUMENT, INVALID_USAGE, REMOTE_ERROR = 0, 1, 4, 5, 6
 INT8, UINT8, INT32, UINT32, INT64, UINT64, FLOAT16, FLOAT32, FLOAT64, BFLOAT16, FP8 = range(11)
@@ -39,6 +43,7 @@ class Nccl:
             ctypes.c_int,
         ]
         self.library.ncclGetLastError.restype = ctypes.c_char_p
+        self.library.fake_nccl_live_bytes.restype = ctypes.c_long
 
     def __call__(self, function, *arguments):
         return getattr(self.library, function)(*arguments)
@@ -51,6 +56,30 @@ class Nccl:
         unique_id = UniqueId.from_buffer_copy(unique_id)
         result = self("ncclCommInitRank", ctypes.byref(comm), world, unique_id, rank)
         return result, comm
+
+    def allocate(self, num_bytes):
+        memory = ctypes.c_void_p()
+        result = self("ncclMemAlloc", ctypes.byref(memory), size(num_bytes))
+        return result, memory
+
+    def register(self, comm, address, num_bytes, flags=1):
+        window = ctypes.c_void_p(BAD_ADDRESS)
+        arguments = (ctypes.c_void_p(address), size(num_bytes), ctypes.byref(window), flags)
+        return self("ncclCommWindowRegister", comm, *arguments), window
+
+    def live(self):
+        """Windows and MiB."""
+        return self("fake_nccl_live_windows"), self("fake_nccl_live_bytes") / MIB
+
+
+@contextlib.contextmanager
+def environment(**variables):
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
 
 
 def size(count):
@@ -207,21 +236,198 @@ def mismatch(nccl, comm, rank):
 def injected_all_reduce(nccl, comm, rank):
     data = ctypes.create_string_buffer(8)
     nth = nccl("fake_nccl_calls", b"ncclAllReduce") + 2
-    os.environ["FAKE_NCCL_FAIL"] = f"ncclSend:code=4,ncclAllReduce:nth={nth}:code=1"
-    try:
+    with environment(FAKE_NCCL_FAIL=f"ncclSend:code=4,ncclAllReduce:nth={nth}:code=1"):
         return [nccl("ncclAllReduce", data, data, size(1), INT8, SUM, comm, None) for _ in range(3)]
-    finally:
-        del os.environ["FAKE_NCCL_FAIL"]
 
 
-def init_with(nccl, unique_id, rank, environment):
-    os.environ.update(environment)
-    try:
+def init_with(nccl, unique_id, rank, variables):
+    with environment(**variables):
         result, comm = nccl.init(unique_id, rank)
         return result, nccl.last_error(), bool(comm), nccl("fake_nccl_live_comms")
-    finally:
-        for name in environment:
-            del os.environ[name]
+
+
+def with_memory(body):
+    """The first `world` ranks, with 4 MiB each. Windows that the body leaves go with the comm."""
+
+    def run(nccl, unique_id, rank, world, *arguments):
+        if rank >= world:
+            return None
+        result, comm = nccl.init(unique_id, rank, world)
+        assert result == SUCCESS, nccl.last_error()
+        result, memory = nccl.allocate(4 * MIB)
+        assert result == SUCCESS, nccl.last_error()
+        try:
+            return body(nccl, comm, rank, memory, *arguments)
+        finally:
+            assert nccl("ncclCommDestroy", comm) == SUCCESS
+            assert nccl("ncclMemFree", memory) == SUCCESS, nccl.last_error()
+            assert nccl.live() == (0, 0)
+
+    return run
+
+
+def sum_of_ones(nccl, comm):
+    data = encode(INT32, [1])
+    assert nccl("ncclAllReduce", data, data, size(1), INT32, SUM, comm, None) == SUCCESS
+    return decode(INT32, data.raw)[0]
+
+
+def peer_pointer(nccl, window, offset, peer):
+    pointer = ctypes.c_void_p(BAD_ADDRESS)
+    result = nccl("ncclGetPeerDevicePointer", window, size(offset), peer, ctypes.byref(pointer))
+    return pointer.value if result == SUCCESS else result
+
+
+@with_memory
+def register_two(nccl, comm, rank, memory):
+    """Two windows in one allocation; one is deregistered, the other one left behind."""
+    windows = []
+    for flags in (0, 1):
+        result, window = nccl.register(comm, memory.value + flags * 2 * MIB, 2 * MIB, flags)
+        assert result == SUCCESS, nccl.last_error()
+        windows.append(window)
+    assert nccl.live() == (2, 4)
+    assert nccl("ncclMemFree", memory) == INVALID_USAGE
+    assert "still on this memory" in nccl.last_error()
+    assert peer_pointer(nccl, windows[1], 5, rank) == memory.value + 2 * MIB + 5
+    assert peer_pointer(nccl, windows[1], 0, 1 - min(rank, 1)) is None
+    for offset, peer in ((2 * MIB, rank), (0, WORLD), (0, -1)):
+        assert peer_pointer(nccl, windows[1], offset, peer) == INVALID_ARGUMENT
+    assert nccl("ncclCommWindowDeregister", comm, windows[0]) == SUCCESS
+    assert nccl("ncclCommWindowDeregister", comm, windows[0]) == INVALID_ARGUMENT
+    assert peer_pointer(nccl, windows[0], 0, rank) == INVALID_ARGUMENT
+    assert nccl("ncclMemFree", memory) == INVALID_USAGE
+    assert nccl.live() == (1, 4)
+    # What was deregistered may be registered anew, and has another handle.
+    result, again = nccl.register(comm, memory.value, 2 * MIB)
+    assert result == SUCCESS
+    assert again.value not in {window.value for window in windows}
+    return sum_of_ones(nccl, comm)
+
+
+@with_memory
+def bad_windows(nccl, comm, rank, memory):
+    """All refused at once, on one rank alone: the others don't come."""
+    base, host = memory.value, ctypes.create_string_buffer(8192)
+    result, lone = nccl.register(comm, base, 2 * MIB)
+    assert result == SUCCESS
+    if rank == 0:
+        other_id = UniqueId()
+        nccl("ncclGetUniqueId", ctypes.byref(other_id))
+        other = nccl.init(bytes(other_id), 0, world=1)[1]
+        for address, num_bytes, flags, code, text in (
+            (ctypes.addressof(host) + -ctypes.addressof(host) % 4096, 4096, 1, 4, "not inside"),
+            (base + 2 * MIB + 64, 4096, 1, 4, "multiple of 4096"),
+            (base + 2 * MIB, 2 * MIB + 1, 1, 4, "not inside"),
+            (base + 4 * MIB, 4096, 1, 4, "not inside"),
+            (base - 4096, 8192, 1, 4, "not inside"),
+            (None, 4096, 1, 4, "not inside"),
+            (base + 2 * MIB, 0, 1, 4, "empty"),
+            (base + 2 * MIB, 4096, 2, 4, "invalid flags"),
+            (base, 2 * MIB, 1, 5, "window there already"),
+            (base + 2 * MIB - 4096, 8192, 1, 5, "window there already"),
+        ):
+            result, window = nccl.register(comm, address, num_bytes, flags)
+            assert (result, window.value) == (code, BAD_ADDRESS), (address, num_bytes, flags)
+            assert text in nccl.last_error()
+        # Another communicator may have the same memory, and its windows are its own.
+        result, window = nccl.register(other, base, 4 * MIB)
+        assert result == SUCCESS
+        assert nccl("ncclCommWindowDeregister", other, lone) == INVALID_ARGUMENT
+        assert nccl("ncclCommWindowDeregister", comm, window) == INVALID_ARGUMENT
+        assert nccl("ncclCommWindowDeregister", comm, None) == INVALID_ARGUMENT
+        assert nccl("fake_nccl_live_windows") == 2
+        assert nccl("ncclCommAbort", other) == SUCCESS
+        nccl("ncclGroupStart")
+        assert nccl.register(comm, base + 2 * MIB, 4096)[0] == INVALID_USAGE
+        assert nccl("ncclGroupEnd") == INVALID_USAGE
+    assert nccl("fake_nccl_live_windows") == 1
+    return sum_of_ones(nccl, comm)
+
+
+@with_memory
+def register_different(nccl, comm, rank, memory, version, sizes, flags):
+    with environment(FAKE_NCCL_VERSION=version):
+        result, window = nccl.register(comm, memory.value, sizes[rank], flags[rank])
+    text = nccl.last_error() if result != SUCCESS else ""
+    num_windows = nccl("fake_nccl_live_windows")
+    if result == SUCCESS:
+        assert nccl("ncclCommWindowDeregister", comm, window) == SUCCESS
+    assert sum_of_ones(nccl, comm) == len(sizes)
+    assert nccl.register(comm, memory.value, 2 * MIB)[0] == SUCCESS
+    return result, text, num_windows
+
+
+@with_memory
+def register_late(nccl, comm, rank, memory, late_by_s):
+    with environment(FAKE_NCCL_TIMEOUT_S="0.3"):
+        if rank == 1:
+            time.sleep(late_by_s)
+        return nccl.register(comm, memory.value, 2 * MIB)[0], nccl("fake_nccl_live_windows")
+
+
+@with_memory
+def register_or_reduce(nccl, comm, rank, memory):
+    with environment(FAKE_NCCL_TIMEOUT_S="0.3"):
+        if rank == 1:
+            data = ctypes.create_string_buffer(16)
+            return nccl("ncclAllReduce", data, data, size(2), UINT64, SUM, comm, None), 0
+        return nccl.register(comm, memory.value, 2 * MIB)[0], nccl("fake_nccl_live_windows")
+
+
+@with_memory
+def register_with(nccl, comm, rank, memory, variable, rule):
+    """Twice on every rank, where a rule may be about the second; then once more without it."""
+    outputs = []
+    nth = nccl("fake_nccl_calls", b"ncclCommWindowRegister") + 2
+    with environment(**{variable: rule.format(nth=nth)}, FAKE_NCCL_TIMEOUT_S="0.3"):
+        for half in range(2):
+            result, window = nccl.register(comm, memory.value + half * 2 * MIB, 2 * MIB)
+            outputs.append(bool(window) if result == SUCCESS else -result)
+    return outputs, nccl("fake_nccl_live_windows")
+
+
+def memory_limit(nccl, unique_id, rank):
+    with environment(FAKE_NCCL_MEMORY_BYTES=str(7 * MIB)):
+        allocations = [nccl.allocate(num_bytes) for num_bytes in (1, 2 * MIB + 1, 1)]
+        results, memories = zip(*allocations, strict=True)
+        assert results == (SUCCESS, SUCCESS, UNHANDLED_CUDA_ERROR)
+        assert "out of memory" in nccl.last_error()
+        assert memories[2].value == BAD_ADDRESS
+        assert nccl.live() == (0, 6)
+        assert nccl("ncclMemFree", memories[0]) == SUCCESS
+        result, again = nccl.allocate(2 * MIB)
+        assert result == SUCCESS
+        assert nccl.allocate(2**64 - 1)[0] == UNHANDLED_CUDA_ERROR
+    assert nccl.allocate(2**64 - 1)[0] == UNHANDLED_CUDA_ERROR
+    assert nccl.allocate(0)[0] == INVALID_ARGUMENT
+    with environment(FAKE_NCCL_FAIL="ncclMemAlloc:code=3"):
+        result, memory = nccl.allocate(1)
+        assert (result, memory.value) == (3, BAD_ADDRESS)
+    for memory in (again, memories[1]):
+        assert memory.value % (2 * MIB) == 0
+        assert nccl("ncclMemFree", ctypes.c_void_p(memory.value + 4096)) == INVALID_ARGUMENT
+        assert nccl("ncclMemFree", memory) == SUCCESS
+        assert nccl("ncclMemFree", memory) == INVALID_ARGUMENT
+    assert nccl.live() == (0, 0)
+
+
+def large_memory(nccl, unique_id, rank):
+    """4 GiB, of which a page at each end is used; how much the process has grown, in MiB."""
+
+    def resident_mib():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / MIB
+
+    before, num_bytes = resident_mib(), 4 << 30
+    result, memory = nccl.allocate(num_bytes)
+    assert result == SUCCESS, nccl.last_error()
+    for offset in (0, num_bytes - 1):
+        ctypes.memset(memory.value + offset, 1, 1)
+    assert nccl.live() == (0, num_bytes / MIB)
+    grown = resident_mib() - before
+    assert nccl("ncclMemFree", memory) == SUCCESS
+    return grown
 
 
 # ---- The ranks.
@@ -400,3 +606,68 @@ def test_injected_failure_of_one_rank(ranks, rule, code):
     assert [output[2:] for output in outputs] == [(False, 0)] * WORLD
     assert next(iter(rule)) in outputs[2][1]
     assert "not all ranks came" in outputs[0][1]
+
+
+def test_memory_has_a_limit(ranks):
+    ranks.run("memory_limit")
+
+
+def test_large_memory_is_cheap(ranks):
+    """At most a huge page for each of the two bytes."""
+    assert all(grown < 16 for grown in ranks.run("large_memory"))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_windows(ranks, world):
+    assert ranks.run("register_two", world)[:world] == [world] * world
+
+
+def test_bad_windows(ranks):
+    assert ranks.run("bad_windows", 2)[:2] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("version", "sizes", "flags", "code"),
+    [
+        ("23006", (2 * MIB, 2 * MIB, 4 * MIB), (1, 1, 1), UNHANDLED_CUDA_ERROR),
+        ("22809", (2 * MIB, 4096), (1, 1), UNHANDLED_CUDA_ERROR),
+        ("23007", (2 * MIB, 2 * MIB, 4 * MIB), (1, 1, 1), SUCCESS),
+        ("23007", (2 * MIB, 2 * MIB), (1, 0), INVALID_USAGE),
+    ],
+)
+def test_windows_that_differ(ranks, version, sizes, flags, code):
+    """All ranks learn it, and the communicator remains usable."""
+    outputs = ranks.run("register_different", len(sizes), version, sizes, flags)[: len(sizes)]
+    assert [output[0] for output in outputs] == [code] * len(sizes)
+    for _, text, num_windows in outputs:
+        assert num_windows == (code == SUCCESS)
+        assert ("sizes differ" in text) == (code == UNHANDLED_CUDA_ERROR)
+        assert ("flags differ" in text) == (code == INVALID_USAGE)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_late_rank_gets_no_window(ranks, world):
+    """Nor do the others. A rank that comes in time is awaited."""
+    assert ranks.run("register_late", world, 0.9)[:world] == [(REMOTE_ERROR, 0)] * world
+    assert ranks.run("register_late", world, 0.1)[:world] == [(SUCCESS, 1)] * world
+
+
+def test_a_window_is_no_other_collective(ranks):
+    outputs = ranks.run("register_or_reduce", 3)[:3]
+    assert all(code in (INVALID_USAGE, REMOTE_ERROR) for code, _ in outputs)
+    assert all(num_windows == 0 for _, num_windows in outputs)
+
+
+@pytest.mark.parametrize(
+    ("variable", "rule", "expected"),
+    [
+        ("FAKE_NCCL_NULL_WINDOW", ":rank=1", [([True, True], 2), ([False, False], 0)]),
+        ("FAKE_NCCL_NULL_WINDOW", ":nth={nth}", [([True, False], 1), ([True, False], 1)]),
+        ("FAKE_NCCL_FAIL", ":nth={nth}:code=3", [([True, -3], 1), ([True, -3], 1)]),
+        # Rank 0 waits in vain, and its communicator is broken.
+        ("FAKE_NCCL_HANG", ":rank=1", [([-6, -6], 0), ([-6, -6], 0)]),
+    ],
+)
+def test_windows_by_rule(ranks, variable, rule, expected):
+    rule = f"ncclCommWindowRegister{rule}"
+    assert ranks.run("register_with", 2, variable, rule)[:2] == expected

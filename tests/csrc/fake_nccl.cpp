@@ -3,7 +3,9 @@
 // one process) exchange real bytes through POSIX shared memory.
 //
 // It is stricter than NCCL: each message carries its call, data type, operation, root and count,
-// so ranks that disagree get an error where NCCL would hang or mix up data.
+// so ranks that disagree get an error where NCCL would hang or mix up data. Likewise it refuses
+// what NCCL lets pass but a careful caller never does: the same memory registered twice, memory
+// freed under a window.
 //
 // Environment, read at every call; rules are separated by commas:
 //   FAKE_NCCL_FAIL=ncclAllReduce:rank=1:code=6:nth=3   that call returns `code` (default 2) and
@@ -14,6 +16,10 @@
 //       until its communicator is aborted), then returns ncclRemoteError.
 //   FAKE_NCCL_TIMEOUT_S=20                             bounds each wait for a peer.
 //   FAKE_NCCL_VERSION=22809                            the version to report.
+//   FAKE_NCCL_MEMORY_BYTES=67108864                    how much ncclMemAlloc gives to this process
+//       in all, counted as fake_nccl_live_bytes() counts.
+//   FAKE_NCCL_NULL_WINDOW=ncclCommWindowRegister:rank=1  that call succeeds with a NULL window, as
+//       NCCL from 2.29.2 on does where windows are not supported. Rules as above.
 
 #include <fcntl.h>
 #include <sched.h>
@@ -36,6 +42,7 @@
 #include <mutex>
 #include <optional>
 #include <random>
+#include <set>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -62,6 +69,8 @@ struct ncclUniqueId {
 
 struct ncclComm;
 using ncclComm_t = ncclComm*;
+struct ncclWindow;
+using ncclWindow_t = ncclWindow*;
 
 namespace {
 
@@ -79,10 +88,12 @@ constexpr size_t kRingBytes = 16 * 1024;
 
 using CommPtr = std::shared_ptr<ncclComm>;
 
-std::mutex g_mutex;  // guards the next three
+std::mutex g_mutex;  // guards the next five
 char g_last_error[1024] = "";
 std::map<std::string, long> g_num_calls;
 std::map<ncclComm_t, CommPtr> g_live;
+std::map<const char*, size_t> g_allocations;  // of ncclMemAlloc: start and size
+std::set<ncclWindow_t> g_windows;
 std::atomic<int> g_latest_rank{kNone};
 
 // ---- Errors and waits. Internal code throws Failure; entry() makes a result code of it.
@@ -283,10 +294,12 @@ void inject_failure(const char* function, int rank, const CommPtr& comm, int nth
 
 // ---- Messages, on which everything else is built.
 
-enum Kind : int { kAllReduce, kAllGather, kReduceScatter, kBroadcast, kReduce, kSend, kRecv };
+enum Kind : int {
+  kAllReduce, kAllGather, kReduceScatter, kBroadcast, kReduce, kSend, kRecv, kWindowRegister
+};
 constexpr const char* kFunctions[] = {"ncclAllReduce", "ncclAllGather", "ncclReduceScatter",
                                       "ncclBroadcast", "ncclReduce",    "ncclSend",
-                                      "ncclRecv"};
+                                      "ncclRecv",      "ncclCommWindowRegister"};
 
 struct Op {
   Kind kind;
@@ -538,7 +551,9 @@ void run_collective(const Op& op) {
   exchange.run();
   if (!i_receive) return;
   if (op.is_reduction()) return reduce_any_type(op, arrived.data());
-  if (op.kind == kAllGather) std::memcpy(op.recv, arrived.data(), arrived.size());
+  if (op.kind == kAllGather || op.kind == kWindowRegister) {
+    std::memcpy(op.recv, arrived.data(), arrived.size());
+  }
   if (op.kind == kBroadcast) {
     std::memcpy(op.recv, arrived.data() + op.peer * num_bytes, num_bytes);
   }
@@ -590,6 +605,7 @@ struct Group {
   std::optional<Failure> failure;  // the first of a call inside the group
 };
 thread_local Group t_group;
+thread_local int t_nth;  // of the call that this thread is in, for rules
 
 // ---- What the entry points share.
 
@@ -603,7 +619,8 @@ template <typename Body>
 ncclResult_t entry(const char* function, int rank, const CommPtr& comm, Body body) {
   Failure failure;
   try {
-    inject_failure(function, rank, comm, count_call(function));
+    t_nth = count_call(function);
+    inject_failure(function, rank, comm, t_nth);
     body();
     return ncclSuccess;
   } catch (const Failure& caught) {
@@ -670,11 +687,157 @@ ncclResult_t submit(Op op, ncclComm_t handle) {
   });
 }
 
-// Takes the communicator out of service; the last call inside it frees it.
+}  // namespace
+
+// ---- Memory and windows.
+
+// Never deleted, so that no window has the handle of an earlier one.
+struct ncclWindow {
+  bool overlaps(const char* start, size_t num_bytes) const {
+    return start < base + size && base < start + num_bytes;
+  }
+
+  const ncclComm_t comm;
+  const int rank;
+  const int world_size;
+  char* const base;
+  const size_t size;
+};
+
+namespace {
+
+constexpr size_t kPageBytes = 4096;
+constexpr size_t kGranuleBytes = 2 << 20;  // ncclMemAlloc rounds up to this and aligns to it
+
+int version() {
+  const char* text = std::getenv("FAKE_NCCL_VERSION");
+  return text ? std::atoi(text) : 22809;
+}
+
+// The caller holds g_mutex.
+size_t live_bytes() {
+  size_t total = 0;
+  for (const auto& [start, size] : g_allocations) total += size;
+  return total;
+}
+
+// Address space that costs memory only where it is touched; null if there is none.
+char* map_granules(size_t num_bytes) {
+  const size_t mapped_bytes = num_bytes + kGranuleBytes;
+  void* const mapped = mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  const size_t past = reinterpret_cast<uintptr_t>(mapped) % kGranuleBytes;
+  const size_t before = past == 0 ? 0 : kGranuleBytes - past;
+  char* const start = static_cast<char*>(mapped) + before;
+  if (before > 0) munmap(mapped, before);
+  munmap(start + num_bytes, kGranuleBytes - before);
+  return start;
+}
+
+char* allocate(size_t size) {
+  if (size == 0) fail(ncclInvalidArgument, "ncclMemAlloc: no bytes are asked for");
+  const char* text = std::getenv("FAKE_NCCL_MEMORY_BYTES");
+  const size_t address_space = SIZE_MAX / 2;  // so that no sum below overflows
+  const size_t limit = text ? std::min<size_t>(std::strtoull(text, nullptr, 10), address_space)
+                            : address_space;
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  const size_t in_use = live_bytes();
+  const size_t num_bytes = (size - 1) / kGranuleBytes * kGranuleBytes + kGranuleBytes;
+  const bool fits = size <= limit && num_bytes <= limit && in_use <= limit - num_bytes;
+  char* const start = fits ? map_granules(num_bytes) : nullptr;
+  if (start == nullptr) {
+    fail(ncclUnhandledCudaError, "ncclMemAlloc: out of memory: ", size, " bytes with ", in_use,
+         " in use");
+  }
+  g_allocations[start] = num_bytes;
+  return start;
+}
+
+void release(const char* start) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  const auto found = g_allocations.find(start);
+  if (found == g_allocations.end()) {
+    fail(ncclInvalidArgument, "ncclMemFree: ", static_cast<const void*>(start),
+         " is not the start of live memory of ncclMemAlloc");
+  }
+  for (const ncclWindow* window : g_windows) {
+    if (!window->overlaps(start, found->second)) continue;
+    fail(ncclInvalidUsage, "ncclMemFree: a window of rank ", window->rank, " of ",
+         window->world_size, " is still on this memory");
+  }
+  munmap(const_cast<char*>(start), found->second);
+  g_allocations.erase(found);
+}
+
+// The caller holds g_mutex.
+bool is_allocated(const char* start, size_t size) {
+  for (const auto& [base, num_bytes] : g_allocations) {
+    if (start < base || start >= base + num_bytes) continue;
+    return size <= num_bytes - (start - base);
+  }
+  return false;
+}
+
+// A window that is on the list already, so that nothing frees its memory before the other ranks
+// come. Checks what NCCL checks without them.
+ncclWindow_t new_window(const CommPtr& comm, char* base, size_t size, int flags) {
+  const auto refuse = [&](ncclResult_t code, const char* reason) {
+    fail(code, "ncclCommWindowRegister: rank ", comm->rank, " of ", comm->world_size, ": ", size,
+         " bytes at ", static_cast<void*>(base), ", flags ", flags, ": ", reason);
+  };
+  if (t_group.depth > 0) refuse(ncclInvalidUsage, "not within a group");
+  if (flags != 0 && flags != 1) refuse(ncclInvalidArgument, "invalid flags");
+  if (size == 0) refuse(ncclInvalidArgument, "empty");
+  if (reinterpret_cast<uintptr_t>(base) % kPageBytes != 0) {
+    refuse(ncclInvalidArgument, "not at a multiple of 4096");
+  }
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  if (!is_allocated(base, size)) {
+    refuse(ncclInvalidArgument, "not inside live memory of ncclMemAlloc");
+  }
+  for (const ncclWindow* window : g_windows) {
+    if (window->comm == comm.get() && window->overlaps(base, size)) {
+      refuse(ncclInvalidUsage, "this communicator has a window there already");
+    }
+  }
+  const auto window = new ncclWindow{comm.get(), comm->rank, comm->world_size, base, size};
+  g_windows.insert(window);
+  return window;
+}
+
+// Returns when all ranks have come. If they disagree it fails on all of them, and the communicator
+// remains usable, as it does not after a failed exchange.
+void agree_on_window(const CommPtr& comm, size_t size, int flags) {
+  const uint64_t mine[] = {size, static_cast<uint64_t>(flags)};
+  std::vector<uint64_t> all(2 * comm->world_size);
+  const Op op = {kWindowRegister, comm, mine, all.data(), 2, kUint64, kNone, kNone};
+  // Twice, so that a rank that comes late does not succeed with what the others sent before they
+  // gave up.
+  execute({op, op});
+  for (int peer = 1; peer < comm->world_size; ++peer) {
+    const auto differ = [&](ncclResult_t code, const char* what, int field) {
+      fail(code, "ncclCommWindowRegister: rank ", comm->rank, " of ", comm->world_size, ": ", what,
+           " differ: ", all[field], " on rank 0, ", all[2 * peer + field], " on rank ", peer);
+    };
+    if (all[2 * peer + 1] != all[1]) differ(ncclInvalidUsage, "flags", 1);
+    if (all[2 * peer] != all[0] && version() < 23007) differ(ncclUnhandledCudaError, "sizes", 0);
+  }
+}
+
+bool forget_window(ncclWindow_t window) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  return g_windows.erase(window) > 0;
+}
+
+// Takes the communicator out of service, with its windows; the last call inside it frees it.
 void retire(const CommPtr& comm) {
   comm->leave();
   const std::lock_guard<std::mutex> lock(g_mutex);
   g_live.erase(comm.get());
+  for (auto window = g_windows.begin(); window != g_windows.end();) {
+    window = (*window)->comm == comm.get() ? g_windows.erase(window) : std::next(window);
+  }
 }
 
 }  // namespace
@@ -682,10 +845,7 @@ void retire(const CommPtr& comm) {
 // ---- The ABI.
 
 NCCL_EXPORT ncclResult_t ncclGetVersion(int* version) {
-  return entry("ncclGetVersion", [&] {
-    const char* text = std::getenv("FAKE_NCCL_VERSION");
-    *version = text ? std::atoi(text) : 22809;
-  });
+  return entry("ncclGetVersion", [&] { *version = ::version(); });
 }
 
 NCCL_EXPORT const char* ncclGetErrorString(ncclResult_t result) {
@@ -821,21 +981,81 @@ NCCL_EXPORT ncclResult_t ncclGroupEnd() {
 }
 
 NCCL_EXPORT ncclResult_t ncclMemAlloc(void** memory, size_t size) {
-  return entry("ncclMemAlloc", [&] {
-    constexpr size_t kPageBytes = 4096;
-    *memory = std::aligned_alloc(kPageBytes, (size / kPageBytes + 1) * kPageBytes);
-    if (*memory == nullptr) fail(ncclSystemError, "ncclMemAlloc: no memory for ", size, " bytes");
-  });
+  // NCCL leaves garbage after a failure: what a caller must not take for memory.
+  *memory = reinterpret_cast<void*>(0xdeadbeef000);
+  return entry("ncclMemAlloc", [&] { *memory = allocate(size); });
 }
 
 NCCL_EXPORT ncclResult_t ncclMemFree(void* memory) {
-  return entry("ncclMemFree", [&] { std::free(memory); });
+  return entry("ncclMemFree", [&] { release(static_cast<const char*>(memory)); });
+}
+
+NCCL_EXPORT ncclResult_t ncclCommWindowRegister(ncclComm_t handle, void* memory, size_t size,
+                                                ncclWindow_t* result, int flags) {
+  constexpr const char* kFunction = "ncclCommWindowRegister";
+  return entry(kFunction, handle, [&](const CommPtr& comm) {
+    comm->require_usable(kFunction);
+    const bool is_null =
+        matching_rule("FAKE_NCCL_NULL_WINDOW", kFunction, comm->rank, t_nth).has_value();
+    const ncclWindow_t window = new_window(comm, static_cast<char*>(memory), size, flags);
+    try {
+      agree_on_window(comm, size, flags);
+    } catch (...) {
+      forget_window(window);
+      throw;
+    }
+    if (is_null) forget_window(window);
+    *result = is_null ? nullptr : window;
+  });
+}
+
+NCCL_EXPORT ncclResult_t ncclCommWindowDeregister(ncclComm_t handle, ncclWindow_t window) {
+  return entry("ncclCommWindowDeregister", handle, [&](const CommPtr& comm) {
+    const std::lock_guard<std::mutex> lock(g_mutex);
+    const auto found = g_windows.find(window);
+    if (found == g_windows.end() || (*found)->comm != comm.get()) {
+      fail(ncclInvalidArgument, "ncclCommWindowDeregister: rank ", comm->rank, " of ",
+           comm->world_size, ": ", window, " is no live window of this communicator");
+    }
+    g_windows.erase(found);
+  });
+}
+
+// No rank reaches another's memory here: NULL, as NCCL says of a peer on another machine.
+NCCL_EXPORT ncclResult_t ncclGetPeerDevicePointer(ncclWindow_t window, size_t offset, int peer,
+                                                  void** pointer) {
+  constexpr const char* kFunction = "ncclGetPeerDevicePointer";
+  bool is_live;
+  {
+    const std::lock_guard<std::mutex> lock(g_mutex);
+    is_live = g_windows.count(window) > 0;
+  }
+  return entry(kFunction, is_live ? window->rank : kNone, nullptr, [&] {
+    if (!is_live) fail(ncclInvalidArgument, kFunction, ": ", window, " is not a live window");
+    if (offset >= window->size || peer < 0 || peer >= window->world_size) {
+      fail(ncclInvalidArgument, kFunction, ": rank ", window->rank, " of ", window->world_size,
+           ": invalid offset ", offset, " of ", window->size, " or peer ", peer);
+    }
+    *pointer = peer == window->rank ? window->base + offset : nullptr;
+  });
 }
 
 // Communicators of this process that were neither destroyed nor aborted.
 NCCL_EXPORT int fake_nccl_live_comms() {
   const std::lock_guard<std::mutex> lock(g_mutex);
   return static_cast<int>(g_live.size());
+}
+
+// Windows of this process that were not deregistered and whose communicator is live.
+NCCL_EXPORT int fake_nccl_live_windows() {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  return static_cast<int>(g_windows.size());
+}
+
+// Bytes of ncclMemAlloc, rounded up as it does, that this process has not freed.
+NCCL_EXPORT long fake_nccl_live_bytes() {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  return static_cast<long>(live_bytes());
 }
 
 // How often this process called the function `name`, failed calls included.
