@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from . import env
 from .errors import InitializationError, LaunchError
+from .meeting import absent_ranks, meet
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Launch", "check_in", "find_launch", "open_store", "pass_stage"]
 
 _ENV_METHOD = "env://"
-# Longer than rank 0 waits, so that its verdict, which names the missing ranks, arrives first.
-_VERDICT_GRACE_S = 15.0
 _ACKNOWLEDGE_S = 5.0
 
 
@@ -147,18 +145,17 @@ def check_in(
         InitializationError: a rank failed, disagrees with most, or didn't come.
     """
     mine = {"report": dict(report), "agree": dict(must_agree), "failure": failure}
-    store.set(f"hello/{launch.rank}", json.dumps(mine))
-    if launch.rank == 0:
-        verdict = _judge(store, launch.world_size, timeout_s)
-        store.set("verdict", json.dumps(verdict))
-    else:
-        verdict = _await_verdict(store, timeout_s)
-    _acknowledge(store, launch.rank, verdict["num_present"])
-    failures = {int(rank): text for rank, text in verdict["failures"].items()}
+    what = "initialization failed"
+    try:
+        hellos = meet(store, "hello", launch.rank, launch.world_size, mine, timeout_s)
+    except RuntimeError as error:
+        failures = {launch.rank: f"lost the store: {error}"}
+        raise InitializationError(what, failures, rank=launch.rank) from error
+    failures = _judge(hellos, timeout_s)
+    _acknowledge(store, launch.rank, len(hellos) - len(absent_ranks(hellos)))
     if failures:
-        raise InitializationError("initialization failed", failures, rank=launch.rank)
-    reports: list[dict[str, Any]] = verdict["reports"]
-    return reports
+        raise InitializationError(what, failures, rank=launch.rank)
+    return [hello["report"] for hello in hellos if hello is not None]
 
 
 def pass_stage(
@@ -181,30 +178,19 @@ def pass_stage(
     check_in(own, launch, report={}, must_agree={}, failure=failure, timeout_s=timeout_s)
 
 
-def _judge(store: Store, world_size: int, timeout_s: float) -> dict[str, Any]:
-    """Rank 0's part: waits for all reports and compares them with what most ranks say."""
-    deadline = time.monotonic() + timeout_s
-    hellos: dict[int, dict[str, Any]] = {}
-    for rank in range(world_size):
-        key = f"hello/{rank}"
-        remaining = max(deadline - time.monotonic(), 0.001)
-        try:
-            store.wait([key], timedelta(seconds=remaining))
-        except RuntimeError:
-            continue  # late: reported as absent below
-        hellos[rank] = json.loads(store.get(key))
-    absent = [rank for rank in range(world_size) if rank not in hellos]
-    failures = dict.fromkeys(absent, f"did not come within {timeout_s:g} s")
-    wishes = [json.dumps(hello["agree"]) for hello in hellos.values()]
+def _judge(hellos: Sequence[dict[str, Any] | None], timeout_s: float) -> dict[int, str]:
+    """Which ranks can't go on and why, compared with what most ranks say."""
+    failures = dict.fromkeys(absent_ranks(hellos), f"did not come within {timeout_s:g} s")
+    present = {rank: hello for rank, hello in enumerate(hellos) if hello is not None}
+    wishes = [json.dumps(hello["agree"]) for hello in present.values()]
     usual = Counter(wishes).most_common(1)[0][0]  # of equally frequent ones the lowest rank's
-    usual_rank = list(hellos)[wishes.index(usual)]
-    for rank, hello in hellos.items():
+    usual_rank = list(present)[wishes.index(usual)]
+    for rank, hello in present.items():
         if hello["failure"] is not None:
             failures[rank] = hello["failure"]
-        elif hello["agree"] != hellos[usual_rank]["agree"]:
-            failures[rank] = _difference(hello["agree"], hellos[usual_rank]["agree"], usual_rank)
-    reports = [] if absent else [hellos[rank]["report"] for rank in range(world_size)]
-    return {"failures": failures, "num_present": len(hellos), "reports": reports}
+        elif hello["agree"] != present[usual_rank]["agree"]:
+            failures[rank] = _difference(hello["agree"], present[usual_rank]["agree"], usual_rank)
+    return failures
 
 
 def _difference(theirs: Mapping[str, Any], usual: Mapping[str, Any], usual_rank: int) -> str:
@@ -215,18 +201,8 @@ def _difference(theirs: Mapping[str, Any], usual: Mapping[str, Any], usual_rank:
     )
 
 
-def _await_verdict(store: Store, timeout_s: float) -> dict[str, Any]:
-    wait_s = timeout_s + min(timeout_s, _VERDICT_GRACE_S)
-    try:
-        store.wait(["verdict"], timedelta(seconds=wait_s))
-        verdict: dict[str, Any] = json.loads(store.get("verdict"))
-    except RuntimeError as error:
-        return {"failures": {0: f"sent no verdict within {wait_s:g} s: {error}"}, "num_present": 1}
-    return verdict
-
-
 def _acknowledge(store: Store, rank: int, num_present: int) -> None:
-    """Keeps rank 0, in whose process the store may live, until the others know the verdict."""
+    """Keeps rank 0, in whose process the store may live, until the others know the outcome."""
     others = num_present - 1
     if not others:
         return
