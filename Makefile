@@ -17,8 +17,9 @@ endif
 NATIVE := distcomm/libdistcomm_native.so
 NATIVE_SOURCES := $(wildcard distcomm/csrc/*)
 JOBS ?= 2
+BENCH ?= host
 
-.PHONY: help setup build demo test test-gpu lint format bench clean
+.PHONY: help setup build demo test test-csrc test-gpu lint format bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +45,12 @@ demo: setup build  ## A small transformer over 8 processes, compared with one; A
 test: setup build  ## The CPU test suite
 	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
+test-csrc:  ## The C++ tests, under AddressSanitizer and ThreadSanitizer
+	cmake -S tests/csrc/sanitized -B build/test-csrc
+	cmake --build build/test-csrc --parallel $(JOBS)
+	build/test-csrc/test_segment_heap_asan
+	build/test-csrc/test_segment_heap_tsan
+
 test-gpu: build  ## The GPU test suite with the current python3, on all GPUs of the machine
 	PYTHONPATH=. $(BASE_PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider $(ARGS)
 
@@ -57,9 +64,9 @@ format: setup  ## Rewrite the sources in ruff's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: build  ## Benchmarks with the current python3, on all GPUs of the machine
+bench: build  ## A benchmark on all GPUs, with the current python3; BENCH=host or symmetric
 	PYTHONPATH=. $(BASE_PYTHON) -m torch.distributed.run --standalone --nproc-per-node gpu \
-	  -m distcomm.bench host $(ARGS)
+	  -m distcomm.bench $(BENCH) $(ARGS)
 
 clean:  ## Remove what was built; keeps .venv
 	rm -rf build dist $(NATIVE) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,18 +9,19 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
 from .errors import NativeLibraryError
 
-__all__ = ["RaggedCollectives", "check_native_library"]
+__all__ = ["NativeNccl", "RaggedCollectives"]
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _FILE_NAME = "libdistcomm_native.so"
 _ERROR_BYTES = 1024
 
 _SIZES = POINTER(c_size_t)
+_HEAP = c_void_p
 
 _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "distcomm_nccl_open": (c_void_p, [c_char_p, c_char_p, c_size_t]),
@@ -40,6 +41,57 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
         c_int,
         [c_void_p, c_void_p, c_void_p, _SIZES, c_void_p, _SIZES, c_int, c_void_p],
     ),
+    # As NCCL's own, after the symbols.
+    "distcomm_fenced_all_reduce": (
+        c_int,
+        [c_void_p, c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p],
+    ),
+    "distcomm_fenced_all_gather": (
+        c_int,
+        [c_void_p, c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_void_p],
+    ),
+    "distcomm_fenced_reduce_scatter": (
+        c_int,
+        [c_void_p, c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p],
+    ),
+    "distcomm_has_cuda_driver": (c_int, []),
+    "distcomm_fenced_group_end": (c_int, [c_void_p, c_void_p]),
+    "distcomm_capture_id": (c_int, [c_void_p, POINTER(c_uint64)]),
+    "distcomm_watch_capture": (c_int, [c_void_p]),
+    "distcomm_take_ended_captures": (c_size_t, [POINTER(c_uint64), c_size_t]),
+    # host, device, num_bytes
+    "distcomm_read_device": (c_int, [c_void_p, c_uint64, c_size_t]),
+    # to, from, num_bytes, stream
+    "distcomm_copy_async": (c_int, [c_uint64, c_uint64, c_size_t, c_void_p]),
+    # symbols, device, chunk_bytes
+    "distcomm_heap_open": (c_void_p, [c_void_p, c_int, c_size_t]),
+    "distcomm_heap_of_device": (c_void_p, [c_void_p, c_int, c_size_t]),
+    "distcomm_heap_close": (None, [_HEAP]),
+    "distcomm_heap_alloc": (c_void_p, [_HEAP, c_size_t, c_void_p]),
+    "distcomm_heap_free": (c_int, [_HEAP, c_void_p, c_void_p]),
+    "distcomm_heap_take_failure": (None, [_HEAP, c_void_p]),
+    "distcomm_heap_reserve": (c_int, [_HEAP, c_size_t]),
+    "distcomm_heap_settle": (c_int, [_HEAP]),
+    "distcomm_heap_defer_frees": (None, [_HEAP, c_int]),
+    "distcomm_heap_retire_all": (None, [_HEAP]),
+    "distcomm_next_ordinal_of_device": (c_int64, [c_int]),
+    "distcomm_heap_freeze": (None, [_HEAP, c_int]),
+    "distcomm_heap_trim": (None, [_HEAP]),
+    "distcomm_heap_shut_down": (None, [_HEAP]),
+    "distcomm_heap_num_new": (c_size_t, [_HEAP, c_void_p]),
+    "distcomm_heap_pin_new": (c_size_t, [_HEAP, c_void_p, c_void_p, c_size_t]),
+    "distcomm_heap_unpin": (None, [_HEAP, c_void_p]),
+    "distcomm_heap_pass_over": (None, [_HEAP, c_void_p, POINTER(c_int64), c_size_t]),
+    "distcomm_heap_cancel_registration": (None, [_HEAP, c_void_p]),
+    "distcomm_heap_register_new": (c_int, [_HEAP, c_void_p, c_int64, POINTER(c_int64)]),
+    "distcomm_heap_abandon": (c_int, [_HEAP, c_void_p, POINTER(c_int64), c_size_t]),
+    "distcomm_heap_release_comm": (c_int, [_HEAP, c_void_p, c_int]),
+    "distcomm_heap_find": (c_int, [_HEAP, c_void_p, c_void_p, c_void_p]),
+    "distcomm_heap_num_windows": (c_size_t, [_HEAP, c_void_p]),
+    "distcomm_heap_num_ordinary": (c_int64, [_HEAP]),
+    "distcomm_heap_next_ordinal": (c_int64, [_HEAP]),
+    "distcomm_heap_raise_ordinal": (None, [_HEAP, c_int64]),
+    "distcomm_heap_stats": (None, [_HEAP, c_void_p]),
 }
 
 
@@ -67,32 +119,48 @@ def _open_native(directory: Path) -> ctypes.CDLL:
     return library
 
 
-def check_native_library(directory: Path | None = None) -> None:
-    """Raises `NativeLibraryError` unless the C++ library is there and fits this code."""
-    _open_native(directory or Path(__file__).parent)
-
-
-class RaggedCollectives:
-    """NCCL collectives with a different size per rank, one call each (csrc/ragged.cpp).
-
-    Each method returns an `ncclResult_t`. Pointers and sizes are not checked here.
+class NativeNccl:
+    """One libnccl as the C++ library calls it.
 
     Args:
         nccl_path: the libnccl to call; the same file that ctypes has loaded.
+
+    Attributes:
+        functions: the C++ library's functions, with typed prototypes.
+        symbols: its table of NCCL's functions, which most of those take first.
+        path: the C++ library's file.
 
     Raises:
         NativeLibraryError: the C++ library isn't built, or can't use that libnccl.
     """
 
     def __init__(self, nccl_path: str, *, directory: Path | None = None) -> None:
-        native = _open_native(directory or Path(__file__).parent)
+        directory = directory or Path(__file__).parent
+        self.path = directory / _FILE_NAME
+        self.functions = _open_native(directory)
         error = ctypes.create_string_buffer(_ERROR_BYTES)
-        symbols = native.distcomm_nccl_open(nccl_path.encode(), error, _ERROR_BYTES)
-        if not symbols:
+        self.symbols: int = self.functions.distcomm_nccl_open(
+            nccl_path.encode(), error, _ERROR_BYTES
+        )
+        if not self.symbols:
             raise NativeLibraryError(f"{nccl_path}: {error.value.decode(errors='replace')}")
-        self._native = native
-        self._symbols = symbols
-        weakref.finalize(self, native.distcomm_nccl_close, symbols)
+        self._close = weakref.finalize(self, self.functions.distcomm_nccl_close, self.symbols)
+
+    def keep(self) -> None:
+        """Keeps the table for as long as the process lives."""
+        self._close.detach()
+
+
+class RaggedCollectives:
+    """NCCL collectives with a different size per rank, one call each (csrc/ragged.cpp).
+
+    Each method returns an `ncclResult_t`. Pointers and sizes are not checked here.
+    """
+
+    def __init__(self, nccl: NativeNccl) -> None:
+        self._nccl = nccl
+        self._native = nccl.functions
+        self._symbols = nccl.symbols
 
     def all_gatherv(
         self, comm: int, send: int, recv: int, num_bytes: Sequence[int], stream: int

@@ -23,7 +23,7 @@ NcclSymbols::~NcclSymbols() {
 }  // namespace distcomm
 
 // Raised whenever a signature below changes; the Python side refuses another number.
-DISTCOMM_EXPORT int distcomm_abi_version() { return 1; }
+DISTCOMM_EXPORT int distcomm_abi_version() { return 2; }
 
 // Opens the libnccl at `path`. On failure returns NULL and writes the reason to `error`.
 // The caller owns the table and gives it back to distcomm_nccl_close.
@@ -48,6 +48,15 @@ DISTCOMM_EXPORT distcomm::NcclSymbols* distcomm_nccl_open(const char* path, char
     std::snprintf(error, error_size, "%s", reason != nullptr ? reason : "a symbol is missing");
     return nullptr;
   }
+  resolve(library, "ncclGetErrorString", table->error_string);
+  resolve(library, "ncclGetLastError", table->last_error);
+  resolve(library, "ncclAllReduce", table->all_reduce);
+  resolve(library, "ncclAllGather", table->all_gather);
+  resolve(library, "ncclReduceScatter", table->reduce_scatter);
+  resolve(library, "ncclMemAlloc", table->mem_alloc);
+  resolve(library, "ncclMemFree", table->mem_free);
+  resolve(library, "ncclCommWindowRegister", table->window_register);
+  resolve(library, "ncclCommWindowDeregister", table->window_deregister);
   return table.release();
 }
 

@@ -12,11 +12,14 @@
 namespace distcomm {
 
 using NcclComm = void*;
+using NcclWindow = void*;
 using CudaStream = void*;
 using NcclResult = int;  // ncclResult_t: 0 is success
 
 inline constexpr NcclResult kNcclSuccess = 0;
-inline constexpr int kNcclUint8 = 1;  // ncclDataType_t
+inline constexpr NcclResult kNcclUnhandledCudaError = 1;
+inline constexpr int kNcclUint8 = 1;         // ncclDataType_t
+inline constexpr int kNcclWinSymmetric = 1;  // NCCL_WIN_COLL_SYMMETRIC
 
 // One resolved symbol table per libnccl. The library stays open while the table lives.
 struct NcclSymbols {
@@ -27,6 +30,18 @@ struct NcclSymbols {
   NcclResult (*reduce)(const void*, void*, size_t, int, int, int, NcclComm, CudaStream) = nullptr;
   NcclResult (*send)(const void*, size_t, int, int, NcclComm, CudaStream) = nullptr;
   NcclResult (*recv)(void*, size_t, int, int, NcclComm, CudaStream) = nullptr;
+
+  // From here on NULL where this libnccl has no such function.
+  const char* (*error_string)(NcclResult) = nullptr;
+  const char* (*last_error)(NcclComm) = nullptr;
+  NcclResult (*all_reduce)(const void*, void*, size_t, int, int, NcclComm, CudaStream) = nullptr;
+  NcclResult (*all_gather)(const void*, void*, size_t, int, NcclComm, CudaStream) = nullptr;
+  NcclResult (*reduce_scatter)(const void*, void*, size_t, int, int, NcclComm,
+                               CudaStream) = nullptr;
+  NcclResult (*mem_alloc)(void**, size_t) = nullptr;
+  NcclResult (*mem_free)(void*) = nullptr;
+  NcclResult (*window_register)(NcclComm, void*, size_t, NcclWindow*, int) = nullptr;
+  NcclResult (*window_deregister)(NcclComm, NcclWindow) = nullptr;
 
   ~NcclSymbols();
 };

@@ -13,7 +13,7 @@ import pytest
 import distcomm
 from distcomm import native
 from distcomm.errors import NativeLibraryError
-from distcomm.native import RaggedCollectives, check_native_library
+from distcomm.native import NativeNccl, RaggedCollectives
 from tests.fake_nccl import fake_nccl_path
 
 FILE_NAME = "libdistcomm_native.so"
@@ -45,18 +45,20 @@ def stub(path: Path, functions: list[str], abi_version: int | None = None) -> Pa
 
 
 def refused(directory: Path) -> str:
-    """The error of a folder whose library can't be used, which both entry points raise."""
+    """The error of a folder whose library can't be used."""
     with pytest.raises(NativeLibraryError) as caught:
-        check_native_library(directory)
-    with pytest.raises(NativeLibraryError) as again:
-        RaggedCollectives(str(fake_nccl_path()), directory=directory)
-    assert str(caught.value) == str(again.value)
+        NativeNccl(str(fake_nccl_path()), directory=directory)
     return str(caught.value)
 
 
 def test_the_library_of_this_tree_is_accepted() -> None:
-    check_native_library()
-    check_native_library(Path(distcomm.__file__).parent)
+    folder = Path(distcomm.__file__).parent
+    for nccl in (
+        NativeNccl(str(fake_nccl_path())),
+        NativeNccl(str(fake_nccl_path()), directory=folder),
+    ):
+        assert nccl.path == folder / FILE_NAME
+        assert nccl.functions.distcomm_abi_version() == native._ABI_VERSION
 
 
 def test_a_missing_library(tmp_path: Path) -> None:
@@ -68,23 +70,22 @@ def test_a_missing_library(tmp_path: Path) -> None:
 def test_the_default_folder_is_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_FILE_NAME", "libabsent.so")
     expected = Path(distcomm.__file__).parent / "libabsent.so"
-    for call in (check_native_library, lambda: RaggedCollectives(str(fake_nccl_path()))):
-        with pytest.raises(NativeLibraryError) as caught:
-            call()
-        assert str(caught.value).startswith(f"{expected} doesn't exist")
+    with pytest.raises(NativeLibraryError) as caught:
+        NativeNccl(str(fake_nccl_path()))
+    assert str(caught.value).startswith(f"{expected} doesn't exist")
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [0, 1, 3])
 def test_another_abi_version(tmp_path: Path, version: int) -> None:
     stub(tmp_path / FILE_NAME, [], abi_version=version)
     assert refused(tmp_path) == (
-        f"{tmp_path / FILE_NAME} has ABI version {version}, this code needs 1: "
+        f"{tmp_path / FILE_NAME} has ABI version {version}, this code needs 2: "
         "run `make build` again, or reinstall"
     )
 
 
 def test_a_library_of_the_right_version_without_the_functions(tmp_path: Path) -> None:
-    stub(tmp_path / FILE_NAME, ["distcomm_nccl_open", "distcomm_nccl_close"], abi_version=1)
+    stub(tmp_path / FILE_NAME, ["distcomm_nccl_open", "distcomm_nccl_close"], abi_version=2)
     error = refused(tmp_path)
     assert "undefined symbol: distcomm_all_gatherv" in error
     assert "run `make build` again" in error
@@ -105,7 +106,7 @@ def test_a_file_that_is_no_library(tmp_path: Path) -> None:
 
 def reason(nccl_path: str) -> str:
     with pytest.raises(NativeLibraryError) as caught:
-        RaggedCollectives(nccl_path)
+        NativeNccl(nccl_path)
     path, _, text = str(caught.value).partition(": ")
     assert path == nccl_path
     return text
@@ -137,7 +138,7 @@ def is_mapped(path: Path) -> bool:
 
 def test_the_libnccl_is_closed_with_the_object(tmp_path: Path) -> None:
     path = stub(tmp_path / "complete.so", NCCL_FUNCTIONS)
-    first, second = RaggedCollectives(str(path)), RaggedCollectives(str(path))
+    first, second = (RaggedCollectives(NativeNccl(str(path))) for _ in range(2))
     del first
     assert is_mapped(path)
     del second
@@ -187,7 +188,7 @@ RECORDED int ncclRecv(void*, size_t, int, int peer, void*, void*) {
 def test_every_group_that_is_begun_is_ended(tmp_path: Path) -> None:
     """Also after a failure inside; the first error is the result."""
     path = str(compiled(tmp_path / "recorder.so", CALL_RECORDER))
-    recorder, ragged = ctypes.CDLL(path), RaggedCollectives(path)
+    recorder, ragged = ctypes.CDLL(path), RaggedCollectives(NativeNccl(path))
     recorder.calls.restype = ctypes.c_char_p
     buffer = ctypes.addressof(memory := ctypes.create_string_buffer(64))
     collectives: dict[tuple[str, str], Callable[[], int]] = {
@@ -210,7 +211,7 @@ def test_every_group_that_is_begun_is_ended(tmp_path: Path) -> None:
 
 def test_ranks_without_data_take_no_part(tmp_path: Path) -> None:
     path = str(compiled(tmp_path / "recorder.so", CALL_RECORDER))
-    recorder, ragged = ctypes.CDLL(path), RaggedCollectives(path)
+    recorder, ragged = ctypes.CDLL(path), RaggedCollectives(NativeNccl(path))
     recorder.calls.restype = ctypes.c_char_p
     assert ragged.all_gatherv(0, 0, 0, [0, 4], 0) == 0
     assert ragged.reduce_scatterv(0, 0, 0, [3, 0], (4, 7, 0), 0) == 0

@@ -1,0 +1,75 @@
+#include "cuda_driver.h"
+
+#include <dlfcn.h>
+
+namespace distcomm {
+namespace {
+
+template <typename Function>
+void resolve(void* library, const char* name, Function& slot) {
+  slot = reinterpret_cast<Function>(dlsym(library, name));
+}
+
+CudaDriver open_driver() {
+  CudaDriver driver;
+  // Never closed: it is the driver that torch uses too.
+  void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return driver;
+  resolve(library, "cuStreamIsCapturing", driver.stream_is_capturing);
+  resolve(library, "cuStreamGetCaptureInfo_v2", driver.stream_get_capture_info);
+  resolve(library, "cuGraphNodeGetType", driver.graph_node_get_type);
+  resolve(library, "cuGraphNodeGetDependencies_v2", driver.graph_node_get_dependencies);
+  resolve(library, "cuGraphAddDependencies", driver.graph_add_dependencies);
+  resolve(library, "cuGraphRemoveDependencies_v2", driver.graph_remove_dependencies);
+  resolve(library, "cuUserObjectCreate", driver.user_object_create);
+  resolve(library, "cuGraphRetainUserObject", driver.graph_retain_user_object);
+  resolve(library, "cuUserObjectRelease", driver.user_object_release);
+  resolve(library, "cuThreadExchangeStreamCaptureMode", driver.thread_exchange_capture_mode);
+  resolve(library, "cuDevicePrimaryCtxRetain", driver.device_primary_ctx_retain);
+  resolve(library, "cuCtxPushCurrent_v2", driver.ctx_push_current);
+  resolve(library, "cuCtxPopCurrent_v2", driver.ctx_pop_current);
+  resolve(library, "cuCtxSynchronize", driver.ctx_synchronize);
+  resolve(library, "cuMemcpyDtoH_v2", driver.memcpy_dtoh);
+  resolve(library, "cuMemcpyAsync", driver.memcpy_async);
+  return driver;
+}
+
+}  // namespace
+
+bool CudaDriver::complete() const {
+  return stream_is_capturing != nullptr && stream_get_capture_info != nullptr &&
+         user_object_create != nullptr && graph_retain_user_object != nullptr &&
+         user_object_release != nullptr && thread_exchange_capture_mode != nullptr &&
+         device_primary_ctx_retain != nullptr && ctx_push_current != nullptr &&
+         ctx_pop_current != nullptr && ctx_synchronize != nullptr && memcpy_dtoh != nullptr &&
+         memcpy_async != nullptr;
+}
+
+bool CudaDriver::has_edge_data() const {
+  return complete() && graph_node_get_type != nullptr && graph_node_get_dependencies != nullptr &&
+         graph_add_dependencies != nullptr && graph_remove_dependencies != nullptr;
+}
+
+const CudaDriver& cuda_driver() {
+  static const CudaDriver driver = open_driver();
+  return driver;
+}
+
+bool is_capturing(const CudaDriver& driver, CudaStream stream) {
+  if (driver.stream_is_capturing == nullptr) return false;
+  int status = 0;
+  return driver.stream_is_capturing(stream, &status) != kCudaSuccess || status != 0;
+}
+
+bool synchronize(const CudaDriver& driver, int device) {
+  if (driver.ctx_synchronize == nullptr) return true;  // no driver, hence no work
+  // torch uses the primary context. Retained once more on each call, which costs a counter.
+  void* context = nullptr;
+  if (driver.device_primary_ctx_retain(&context, device) != kCudaSuccess) return false;
+  if (driver.ctx_push_current(context) != kCudaSuccess) return false;
+  const CudaResult result = driver.ctx_synchronize();
+  driver.ctx_pop_current(&context);
+  return result == kCudaSuccess;
+}
+
+}  // namespace distcomm

@@ -1,0 +1,68 @@
+// The CUDA driver's functions that distcomm calls, resolved at run time from libcuda.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "nccl_symbols.h"
+
+namespace distcomm {
+
+using CudaGraph = void*;
+using CudaGraphNode = void*;
+using CudaUserObject = void*;
+using DevicePointer = unsigned long long;
+using CudaResult = int;  // CUresult: 0 is success
+
+inline constexpr CudaResult kCudaSuccess = 0;
+
+struct CudaEdgeData {  // CUgraphEdgeData
+  unsigned char from_port;
+  unsigned char to_port;
+  unsigned char type;
+  unsigned char reserved[5];
+};
+
+// Signatures are those of cuda.h, of the first version of each function that distcomm needs:
+// libcuda keeps those when it adds newer ones. NULL where there is no driver.
+struct CudaDriver {
+  CudaResult (*stream_is_capturing)(CudaStream, int*) = nullptr;
+  CudaResult (*stream_get_capture_info)(CudaStream, int*, uint64_t*, CudaGraph*,
+                                        const CudaGraphNode**, size_t*) = nullptr;
+  CudaResult (*graph_node_get_type)(CudaGraphNode, int*) = nullptr;
+  CudaResult (*graph_node_get_dependencies)(CudaGraphNode, CudaGraphNode*, CudaEdgeData*,
+                                            size_t*) = nullptr;
+  CudaResult (*graph_add_dependencies)(CudaGraph, const CudaGraphNode*, const CudaGraphNode*,
+                                       size_t) = nullptr;
+  CudaResult (*graph_remove_dependencies)(CudaGraph, const CudaGraphNode*, const CudaGraphNode*,
+                                          const CudaEdgeData*, size_t) = nullptr;
+  CudaResult (*user_object_create)(CudaUserObject*, void*, void (*)(void*), unsigned,
+                                   unsigned) = nullptr;
+  CudaResult (*graph_retain_user_object)(CudaGraph, CudaUserObject, unsigned,
+                                         unsigned) = nullptr;
+  CudaResult (*user_object_release)(CudaUserObject, unsigned) = nullptr;
+  CudaResult (*thread_exchange_capture_mode)(int*) = nullptr;
+  CudaResult (*device_primary_ctx_retain)(void**, int) = nullptr;
+  CudaResult (*ctx_push_current)(void*) = nullptr;
+  CudaResult (*ctx_pop_current)(void**) = nullptr;
+  CudaResult (*ctx_synchronize)() = nullptr;
+  CudaResult (*memcpy_dtoh)(void*, DevicePointer, size_t) = nullptr;
+  CudaResult (*memcpy_async)(DevicePointer, DevicePointer, size_t, CudaStream) = nullptr;
+
+  // Whether there is a driver, with all functions but those that graphs with edge data need.
+  bool complete() const;
+  // Whether it has those too. Before CUDA 12.3 graphs had no programmatic edges.
+  bool has_edge_data() const;
+};
+
+// This process's driver, looked for once.
+const CudaDriver& cuda_driver();
+
+// Whether work given to `stream` is captured into a graph. True also when the driver can't tell,
+// as it can't of the default stream while another one is captured.
+bool is_capturing(const CudaDriver& driver, CudaStream stream);
+
+// Waits for all work on a device. False if that isn't possible now, as while a graph is captured.
+bool synchronize(const CudaDriver& driver, int device);
+
+}  // namespace distcomm
