@@ -51,5 +51,8 @@ def run_bounded(
         if poll is not None and thread.is_alive():
             poll()
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # the traceback holds this list, and so would the list the traceback
     return results[0]

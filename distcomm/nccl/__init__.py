@@ -1,6 +1,7 @@
 """NCCL from Python: the library (`NcclLibrary`) and one group's communicator on it."""
 
 from .communicator import PyNcclCommunicator
+from .known_issues import KnownIssues, Topology
 from .library import NcclLibrary
 
-__all__ = ["NcclLibrary", "PyNcclCommunicator"]
+__all__ = ["KnownIssues", "NcclLibrary", "PyNcclCommunicator", "Topology"]

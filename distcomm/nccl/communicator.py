@@ -135,7 +135,7 @@ class PyNcclCommunicator(NcclConnection):
         check_output(call, "output", output, scattered_shapes(call, x, self.member), x, self.member)
         self._keep(output)
         if output.numel():
-            code = self.library.ncclReduceScatter(
+            code = self._reduce_scatter(
                 x.data_ptr(),
                 output.data_ptr(),
                 output.numel(),
@@ -194,7 +194,7 @@ class PyNcclCommunicator(NcclConnection):
         check_output(call, "output", output, gathered_shapes(x, self.world_size), x, self.member)
         self._keep(output)
         if x.numel():
-            code = self.library.ncclAllGather(
+            code = self._all_gather(
                 x.data_ptr(), output.data_ptr(), x.nbytes, _BYTES, self._comm, self._stream()
             )
             self._check("ncclAllGather", code)

@@ -11,13 +11,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..errors import CommunicatorDisabledError, DistcommError, GroupClosedError, NcclError
-from ..native import RaggedCollectives
+from ..native import NativeNccl, RaggedCollectives
 from ..objects import ObjectChannel
 from ..process_groups import member_of, process_group_store
 from ..waiting import run_bounded
@@ -68,6 +69,9 @@ class NcclConnection:
         self._timeout_s = timeout_s
         self._enabled = True
         self._closed = False
+        self._fenced = False
+        self._given_up = False
+        self._on_close: list[Callable[[int, bool], None]] = []
         self._usable = False  # enabled and not closed
         self._grouped: list[torch.Tensor] | None = None  # kept alive until the NCCL group ends
         self._device_index = -1
@@ -80,6 +84,7 @@ class NcclConnection:
             self.device = torch.device("cuda", self._device_index)
             self._raw_stream = torch._C._cuda_getCurrentRawStream
         self._comm = self._connect(cpu_group, library)
+        self._choose_functions()
         self._direct: DirectCall | None = None
         self._refresh()
 
@@ -87,6 +92,31 @@ class NcclConnection:
     def enabled(self) -> bool:
         """Whether calls are accepted: not disabled by `change_state`, and not closed."""
         return self._usable
+
+    @property
+    def handle(self) -> int:
+        """NCCL's handle of the communicator; 0 after `close()`."""
+        return self._comm
+
+    def on_close(self, callback: Callable[[int, bool], None]) -> None:
+        """`close()` will call ``callback(handle, orderly)`` before it frees the communicator.
+
+        `orderly` is False when work is still under way, which is then aborted.
+        """
+        self._on_close.append(callback)
+
+    def give_up(self) -> None:
+        """`close()` will abort the communicator: a call to NCCL has not returned in time."""
+        self._given_up = True
+
+    def fence_captures(self) -> None:
+        """From now on a captured collective fully depends on the work captured before it.
+
+        See the known issue ``captured-symmetric-race``. Costs nothing outside captures.
+        """
+        self._fenced = True
+        self._choose_functions()
+        self._refresh()
 
     @contextmanager
     def change_state(self, enable: bool | None = None) -> Iterator[None]:
@@ -139,12 +169,16 @@ class NcclConnection:
         comm, self._comm = self._comm, 0
         free = self.library.ncclCommDestroy
         try:
-            self._run_bounded(self._wait_for_device, self._timeout_s, "the work under way")
+            self.run_bounded(self._wait_for_device, self._timeout_s, "the work under way")
         except (TimeoutError, RuntimeError) as error:
             logger.warning("close: %s; aborting the communicator [%s]", error, self.member)
+            self._given_up = True
+        if self._given_up:
             free = self.library.ncclCommAbort
+        if not self._call_back(comm, orderly=not self._given_up):
+            return  # somebody may still be using it
         try:
-            code = self._run_bounded(lambda: free(comm), _FREE_S, free.__name__)
+            code = self.run_bounded(lambda: free(comm), _FREE_S, free.__name__)
             self._check(free.__name__, code)
         except TimeoutError as error:
             logger.warning(
@@ -156,10 +190,59 @@ class NcclConnection:
         except NcclError as error:
             logger.warning("close: %s", error)
 
+    def run_bounded(
+        self,
+        work: Callable[[], T],
+        timeout_s: float,
+        what: str,
+        poll: Callable[[], None] | None = None,
+    ) -> T:
+        """Runs `work` in a thread, on this communicator's device, and waits for it so long.
+
+        Raises:
+            TimeoutError: it takes longer; see `waiting.run_bounded`.
+
+        A new thread starts on device 0, and NCCL puts back the device that it found: without
+        setting it, every process would get a CUDA context on device 0.
+        """
+
+        def on_device() -> T:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            return work()
+
+        return run_bounded(on_device, timeout_s=timeout_s, what=what, poll=poll)
+
     # ---- inside -----------------------------------------------------------------------------
 
+    def _call_back(self, comm: int, orderly: bool) -> bool:
+        """False if a callback doesn't return in time."""
+        for callback in self._on_close:
+            try:
+                self.run_bounded(partial(callback, comm, orderly), _FREE_S, "ending its windows")
+            except TimeoutError as error:
+                logger.warning("close: %s; the communicator stays [%s]", error, self.member)
+                return False
+        return True
+
+    def _choose_functions(self) -> None:
+        """Of the three collectives for which NCCL has symmetric kernels."""
+        self._all_reduce = self.library.ncclAllReduce
+        self._all_gather = self.library.ncclAllGather
+        self._reduce_scatter = self.library.ncclReduceScatter
+        if self._fenced:
+            native, symbols = self.native.functions, self.native.symbols
+            self._all_reduce = partial(native.distcomm_fenced_all_reduce, symbols)
+            self._all_gather = partial(native.distcomm_fenced_all_gather, symbols)
+            self._reduce_scatter = partial(native.distcomm_fenced_reduce_scatter, symbols)
+
     def _end_group(self) -> int:
-        code: int = self.library.ncclGroupEnd()
+        code: int
+        if self._fenced:
+            native, symbols = self.native.functions, self.native.symbols
+            code = native.distcomm_fenced_group_end(symbols, self._stream())
+        else:
+            code = self.library.ncclGroupEnd()
         self._grouped = None
         self._refresh()
         return code
@@ -171,7 +254,8 @@ class NcclConnection:
         unique_id, failure = b"", None
         try:
             self.library = library or NcclLibrary()
-            self._ragged = RaggedCollectives(self.library.path)
+            self.native = NativeNccl(self.library.path)
+            self._ragged = RaggedCollectives(self.native)
             if self.member.rank_in_group == 0:
                 unique_id = self.library.new_unique_id()
         except Exception as error:  # noqa: BLE001 - whatever it is, all ranks are told
@@ -189,7 +273,7 @@ class NcclConnection:
                 raise _PeerFailed
 
         try:
-            self._run_bounded(
+            self.run_bounded(
                 self._initializer(attempt, UniqueId.from_bytes(unique_id)),
                 self._timeout_s,
                 "ncclCommInitRank and a first all-reduce",
@@ -203,7 +287,7 @@ class NcclConnection:
             channel.agree(what, failure)
         except DistcommError:
             try:
-                self._run_bounded(attempt.give_up, _FREE_S, "ncclCommAbort")
+                self.run_bounded(attempt.give_up, _FREE_S, "ncclCommAbort")
             except (TimeoutError, RuntimeError) as error:
                 logger.warning("%s: %s [%s]", what, error, self.member)
             raise
@@ -239,26 +323,6 @@ class NcclConnection:
 
         return initialize
 
-    def _run_bounded(
-        self,
-        work: Callable[[], T],
-        timeout_s: float,
-        what: str,
-        poll: Callable[[], None] | None = None,
-    ) -> T:
-        """Runs `work` in a bounded thread, on this communicator's device.
-
-        A new thread starts on device 0, and NCCL puts back the device that it found: without
-        setting it, every process would get a CUDA context on device 0.
-        """
-
-        def on_device() -> T:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            return work()
-
-        return run_bounded(on_device, timeout_s=timeout_s, what=what, poll=poll)
-
     def _wait_for_device(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -277,7 +341,7 @@ class NcclConnection:
     def _direct_call(self) -> DirectCall:
         # A ctypes object is passed on faster than an int, which is converted on each call.
         comm = ctypes.c_void_p(self._comm)
-        return self.library.ncclAllReduce, comm, self._raw_stream, self._device_index
+        return self._all_reduce, comm, self._raw_stream, self._device_index
 
     def _refuse_unless_usable(self, call: str) -> None:
         if self._closed:

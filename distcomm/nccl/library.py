@@ -85,6 +85,9 @@ _FEATURES = {
         22703,
         {"ncclCommShrink": [_COMM, POINTER(c_int), c_int, POINTER(_COMM), c_void_p, c_int]},
     ),
+    "peer_pointer": _Feature(
+        22902, {"ncclGetPeerDevicePointer": [c_void_p, c_size_t, c_int, POINTER(c_void_p)]}
+    ),
     "comm_suspend": _Feature(22907, {"ncclCommSuspend": [_COMM, c_int], "ncclCommResume": [_COMM]}),
 }
 
@@ -186,7 +189,7 @@ class NcclLibrary:
 
     def supports(self, feature: str) -> bool:
         """Whether this libnccl has an optional feature: ``mem_alloc``, ``window_register``,
-        ``comm_shrink`` or ``comm_suspend``.
+        ``comm_shrink``, ``peer_pointer`` or ``comm_suspend``.
 
         Raises:
             NcclLibraryError: no such feature is known.

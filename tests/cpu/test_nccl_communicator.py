@@ -469,7 +469,15 @@ FUNCTIONS = {
     "send": "ncclSend",
     "recv": "ncclRecv",
 }
-NO_COLLECTIVES = {"change_state", "close", "group"}
+NO_COLLECTIVES = {
+    "change_state",
+    "close",
+    "fence_captures",
+    "give_up",
+    "group",
+    "on_close",
+    "run_bounded",
+}
 
 
 def public_methods() -> dict[str, Callable[..., Any]]:

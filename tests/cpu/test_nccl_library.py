@@ -39,6 +39,7 @@ FEATURES = {
     "mem_alloc": ["ncclMemAlloc", "ncclMemFree"],
     "window_register": ["ncclCommWindowRegister", "ncclCommWindowDeregister"],
     "comm_shrink": ["ncclCommShrink"],
+    "peer_pointer": ["ncclGetPeerDevicePointer"],
     "comm_suspend": ["ncclCommSuspend", "ncclCommResume"],
 }
 
@@ -332,21 +333,24 @@ def test_an_unknown_attribute(real: NcclLibrary) -> None:
 def test_a_feature_needs_its_functions_whatever_the_version(fresh_process: FreshProcess) -> None:
     path = str(fake_nccl_path())
     supported, errors = fresh_process.run(features_of, path, FAKE_NCCL_VERSION="23203")
-    assert [feature for feature in FEATURES if supported[feature]] == ["mem_alloc"]
-    assert errors["ncclCommWindowRegister"] == (
-        "ncclCommWindowRegister belongs to 'window_register', which NCCL has since 22700; "
+    offered = {feature for feature in FEATURES if supported[feature]}
+    assert offered == {"mem_alloc", "window_register", "peer_pointer"}
+    assert errors["ncclCommShrink"] == (
+        "ncclCommShrink belongs to 'comm_shrink', which NCCL has since 22703; "
         f"{path}, version 23203, doesn't offer it"
     )
 
 
-@pytest.mark.parametrize(("version", "supported"), [("21899", False), ("21900", True)])
-def test_a_feature_needs_its_version(
-    fresh_process: FreshProcess, version: str, supported: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("feature", "since"),
+    [("mem_alloc", 21900), ("window_register", 22700), ("peer_pointer", 22902)],
+)
+def test_a_feature_needs_its_version(fresh_process: FreshProcess, feature: str, since: int) -> None:
     path = str(fake_nccl_path())
-    features, errors = fresh_process.run(features_of, path, FAKE_NCCL_VERSION=version)
-    assert features["mem_alloc"] == supported
-    assert ("ncclMemAlloc" in errors) != supported
+    for version, supported in ((since - 1, False), (since, True)):
+        features, errors = fresh_process.run(features_of, path, FAKE_NCCL_VERSION=str(version))
+        assert features[feature] == supported
+        assert (FEATURES[feature][0] in errors) != supported
 
 
 # Calls of the real library
@@ -374,7 +378,7 @@ def test_a_call_that_needs_a_gpu_fails_cleanly(real: NcclLibrary) -> None:
     assert real.check("ncclMemAlloc", 0) is None
 
 
-# Prototypes, against the header of the wheel
+# Prototypes, against the headers of the wheel
 
 PARAMETER_KINDS = {
     "void*": c_void_p,
@@ -401,12 +405,13 @@ RETURN_KINDS = {"ncclResult_t": c_int, "const char*": c_char_p}
 
 
 def header() -> str:
-    text = (wheel_folder() / "include" / "nccl.h").read_text()
+    names = ("nccl.h", "nccl_device/host.h")
+    text = "\n".join((wheel_folder() / "include" / name).read_text() for name in names)
     return re.sub(r"/\*.*?\*/|//[^\n]*", " ", text, flags=re.DOTALL)
 
 
 def declarations() -> dict[str, tuple[str, list[str]]]:
-    """Return type and parameter types of every function in the header."""
+    """Return type and parameter types of every function in the headers."""
     found = {}
     pattern = r"(ncclResult_t|const char\s*\*)\s+(nccl\w+)\s*\(([^()]*)\)\s*;"
     for returns, name, parameters in re.findall(pattern, header()):
@@ -419,7 +424,7 @@ def declarations() -> dict[str, tuple[str, list[str]]]:
 
 
 def enumerators(prefix: str) -> dict[str, int]:
-    """Names and values that the header gives to an enum's members, e.g. of ``ncclInt8 = 0``."""
+    """Names and values that the headers give to an enum's members, e.g. of ``ncclInt8 = 0``."""
     return {
         name: int(value) for name, value in re.findall(rf"({prefix}\w+)\s*=\s*(\d+)\b", header())
     }
