@@ -8,9 +8,11 @@
 package has no side effects.
 """
 
+from . import symmetric
 from .errors import (
     AlreadyInitializedError,
     ArgumentError,
+    CaptureMismatchError,
     CollectiveError,
     CommunicatorDisabledError,
     DistcommError,
@@ -23,10 +25,14 @@ from .errors import (
     NcclError,
     NcclLibraryError,
     NotInitializedError,
+    SymmetricMemoryError,
+    SymmetricMismatchError,
 )
 from .group import GroupCoordinator
+from .group_memory import GraphCapture
 from .handles import AsyncHandle
 from .layout import ParallelLayout
+from .memory import SymmetricOutOfMemoryError, SymmetricPool
 from .nccl import NcclLibrary, PyNcclCommunicator
 from .parallel_state import (
     ParallelState,
@@ -40,9 +46,11 @@ from .parallel_state import (
     get_pp_group,
     get_tp_group,
     get_world_group,
+    graph_capture,
     init_distributed,
     is_initialized,
 )
+from .symmetric import suspend_symmetric_memory, use_symmetric_memory
 
 __version__ = "0.1.0"
 
@@ -50,9 +58,11 @@ __all__ = [
     "AlreadyInitializedError",
     "ArgumentError",
     "AsyncHandle",
+    "CaptureMismatchError",
     "CollectiveError",
     "CommunicatorDisabledError",
     "DistcommError",
+    "GraphCapture",
     "GroupClosedError",
     "GroupCoordinator",
     "GroupMember",
@@ -67,6 +77,10 @@ __all__ = [
     "ParallelLayout",
     "ParallelState",
     "PyNcclCommunicator",
+    "SymmetricMemoryError",
+    "SymmetricMismatchError",
+    "SymmetricOutOfMemoryError",
+    "SymmetricPool",
     "__version__",
     "destroy_distributed",
     "get_attn_tp_group",
@@ -78,6 +92,10 @@ __all__ = [
     "get_pp_group",
     "get_tp_group",
     "get_world_group",
+    "graph_capture",
     "init_distributed",
     "is_initialized",
+    "suspend_symmetric_memory",
+    "symmetric",
+    "use_symmetric_memory",
 ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from .errors import GroupClosedError, GroupMember
-from .nccl import NcclLibrary, PyNcclCommunicator
+from .memory import GroupWindows, SymmetricPool
+from .nccl import KnownIssues, NcclLibrary, PyNcclCommunicator, Topology
 from .process_groups import create_process_group, destroy_process_group
 
 if TYPE_CHECKING:
@@ -28,6 +31,11 @@ class JobContext:
         store: where ranks meet; private to this initialization.
         timeout_s: bound of every wait.
         nccl: the NCCL library; None in a CPU job.
+        hosts: of each global rank, what NCCL takes for its host.
+        issues: the known issues of that NCCL; None in a CPU job.
+        symmetric_pool: this process's; None where there can't be one.
+        no_symmetric: why there can't be one; the same on all ranks.
+        verifies_symmetric: whether every collective's buffers are compared between ranks.
     """
 
     device: torch.device
@@ -35,6 +43,15 @@ class JobContext:
     store: Store
     timeout_s: float
     nccl: NcclLibrary | None
+    hosts: Sequence[str] = ()
+    issues: KnownIssues | None = None
+    symmetric_pool: SymmetricPool | None = None
+    no_symmetric: str = "the job runs on CPU"
+    verifies_symmetric: bool = False
+
+    def topology(self, ranks: Sequence[int]) -> Topology:
+        """Where the ranks of a group are."""
+        return Topology(len(ranks), len({self.hosts[rank] for rank in ranks}))
 
 
 class GroupCommunicators:
@@ -64,6 +81,7 @@ class GroupCommunicators:
         self._device_group: dist.ProcessGroup | None = None
         self._closed = False
         self.pynccl: PyNcclCommunicator | None = None
+        self.windows: GroupWindows | None = None
         if member.world_size == 1:
             return
         try:
@@ -76,6 +94,7 @@ class GroupCommunicators:
                     library=job.nccl,
                     timeout_s=job.timeout_s,
                 )
+                self._prepare(self.pynccl)
         except Exception:
             self.close()
             raise
@@ -116,6 +135,8 @@ class GroupCommunicators:
         if self._closed:
             return
         self._closed = True
+        if self.windows is not None and self._job.symmetric_pool is not None:
+            self._job.symmetric_pool.remove_group(self.windows)
         if self.pynccl is not None:
             self.pynccl.close()
         self.destroy_process_groups()
@@ -127,6 +148,27 @@ class GroupCommunicators:
         # A process group ends its threads when the last reference goes. One that outlives this
         # one, say in a traceback, would still have them when the interpreter shuts down.
         self._cpu_group = self._device_group = None
+
+    def meeting_store(self, purpose: str) -> Store:
+        """Where these ranks, and no others, can meet."""
+        return c10d.PrefixStore(f"{self._unique_name}/{purpose}", self._job.store)
+
+    def _prepare(self, comm: PyNcclCommunicator) -> None:
+        """Works around what is known of this NCCL, and gives the group its windows. Local."""
+        job = self._job
+        if job.issues is not None:
+            issue = job.issues.strictest("symmetric_capture", job.topology(self._member.ranks))
+            if issue is not None and issue.action == "fence":
+                comm.fence_captures()
+        if job.symmetric_pool is not None:
+            self.windows = GroupWindows(
+                job.symmetric_pool.heap,
+                comm,
+                self.meeting_store("windows"),
+                job.timeout_s,
+                job.symmetric_pool.routing.renew,
+            )
+            job.symmetric_pool.add_group(self.windows)
 
     def _create(self, backend: str) -> dist.ProcessGroup:
         if self._closed:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import env
 from .errors import ArgumentError, InitializationError
-from .native import check_native_library
+from .memory import next_ordinal_of_device
+from .native import NativeNccl
 from .nccl import NcclLibrary
 
 __all__ = ["CudaProbe", "agreed_device_type", "check_device", "probe_cuda"]
 
 _DEVICES = ("auto", "cuda", "cpu")
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 @dataclass(frozen=True)
@@ -26,17 +31,34 @@ class CudaProbe:
         device_index: of its GPU.
         gpu: the UUID of its GPU.
         nccl: the NCCL library.
+        native: the C++ library's binding to it.
+        memory: bytes of its GPU.
+        host: what NCCL takes for this process's host.
     """
 
     problem: str | None = None
     device_index: int = 0
     gpu: str | None = None
     nccl: NcclLibrary | None = None
+    native: NativeNccl | None = None
+    memory: int = 0
+    host: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """What the other ranks need to know."""
         version = None if self.nccl is None else self.nccl.version_text
-        return {"problem": self.problem, "gpu": self.gpu, "nccl_version": version}
+        ordinal = 0
+        if self.native is not None:
+            ordinal = next_ordinal_of_device(self.native, self.device_index)
+        return {
+            "problem": self.problem,
+            "gpu": self.gpu,
+            "nccl_version": version,
+            "windows": self.nccl is not None and _has_windows(self.nccl),
+            "memory": self.memory,
+            "host": self.host,
+            "segment_ordinal": ordinal,
+        }
 
 
 def check_device(device: str, rank: int) -> None:
@@ -52,11 +74,23 @@ def probe_cuda(local_rank: int) -> CudaProbe:
             return CudaProbe("torch sees no CUDA device")
         # Launchers that show each process only its own GPU leave one device for any local rank.
         index = local_rank % torch.cuda.device_count()
-        gpu = str(torch.cuda.get_device_properties(index).uuid)
-        check_native_library()
-        return CudaProbe(None, index, gpu, NcclLibrary())
+        properties = torch.cuda.get_device_properties(index)
+        nccl = NcclLibrary()
+        native = NativeNccl(nccl.path)
+        uuid, memory = str(properties.uuid), properties.total_memory
+        return CudaProbe(None, index, uuid, nccl, native, memory, _host())
     except RuntimeError as error:
         return CudaProbe(str(error))
+
+
+def _host() -> str:
+    boot_id = Path(_BOOT_ID)
+    boot = boot_id.read_text().strip() if boot_id.exists() else ""
+    return env.nccl_host_id() or f"{socket.gethostname()}/{boot}"
+
+
+def _has_windows(nccl: NcclLibrary) -> bool:
+    return nccl.supports("mem_alloc") and nccl.supports("window_register")
 
 
 def agreed_device_type(

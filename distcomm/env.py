@@ -5,6 +5,8 @@
 | ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` | this process's place, as torchrun sets it |
 | ``MASTER_ADDR``, ``MASTER_PORT`` | where the ranks meet (by torch's ``env://``) |
 | ``DISTCOMM_NCCL_SO`` | path of the libnccl to load instead of the one torch uses |
+| ``DISTCOMM_VERIFY_SYMMETRIC`` | compare every collective's buffers between ranks (1 or 0) |
+| ``NCCL_HOSTID`` | NCCL's own: which ranks it takes to be on one host |
 """
 
 from __future__ import annotations
@@ -13,12 +15,28 @@ import os
 
 from .errors import LaunchError
 
-__all__ = ["missing_meeting_point", "nccl_library_path", "read_int"]
+__all__ = [
+    "missing_meeting_point",
+    "nccl_host_id",
+    "nccl_library_path",
+    "read_int",
+    "verifies_symmetric_memory",
+]
 
 
 def nccl_library_path() -> str | None:
     """The user's choice of libnccl (``DISTCOMM_NCCL_SO``), or None."""
     return os.environ.get("DISTCOMM_NCCL_SO") or None
+
+
+def nccl_host_id() -> str | None:
+    """What NCCL is told to take for the host's name (``NCCL_HOSTID``), or None."""
+    return os.environ.get("NCCL_HOSTID") or None
+
+
+def verifies_symmetric_memory() -> bool:
+    """Whether ``DISTCOMM_VERIFY_SYMMETRIC`` is set, to something other than 0."""
+    return bool(read_int("DISTCOMM_VERIFY_SYMMETRIC"))
 
 
 def missing_meeting_point() -> list[str]:

@@ -6,12 +6,13 @@ so a caller who catches only built-in errors still catches them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 __all__ = [
     "AlreadyInitializedError",
     "ArgumentError",
+    "CaptureMismatchError",
     "CollectiveError",
     "CommunicatorDisabledError",
     "DistcommError",
@@ -24,6 +25,8 @@ __all__ = [
     "NcclError",
     "NcclLibraryError",
     "NotInitializedError",
+    "SymmetricMemoryError",
+    "SymmetricMismatchError",
 ]
 
 
@@ -163,3 +166,39 @@ class NcclError(DistcommError):
         detail = f": {last_error}" if last_error else ""
         where = f" [{member}]" if member else ""
         super().__init__(f"{call} returned {code} ({meaning}){detail}{where}")
+
+
+class SymmetricMemoryError(DistcommError):
+    """Symmetric memory can't be had, or not here."""
+
+
+class SymmetricMismatchError(SymmetricMemoryError):
+    """The ranks of a group differ in their symmetric memory; the same on every rank that came.
+
+    Attributes:
+        call: what the ranks were doing.
+        reports: global rank -> what it has, as text; ``"did not come within ... s"`` for a rank
+            that is absent.
+        odd_ranks: the global ranks that differ from most, failed, or are absent.
+    """
+
+    def __init__(
+        self,
+        call: str,
+        problem: str,
+        reports: Mapping[int, str],
+        odd_ranks: Sequence[int],
+        *,
+        member: GroupMember,
+    ) -> None:
+        self.call = call
+        self.reports = dict(reports)
+        self.odd_ranks = list(odd_ranks)
+        self.member = member
+        odd = f"rank{'s' * (len(odd_ranks) > 1)} {', '.join(map(str, odd_ranks))}"
+        lines = "\n".join(f"  rank {rank}: {text}" for rank, text in sorted(reports.items()))
+        super().__init__(f"{call}: {problem}; look at {odd} [{member}]\n{lines}")
+
+
+class CaptureMismatchError(SymmetricMismatchError):
+    """The ranks of a group have captured different collectives into a CUDA graph."""

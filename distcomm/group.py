@@ -16,6 +16,7 @@ from .backends import TorchPgBackend
 from .checks import check_dim, check_distinct, check_shape
 from .communicators import GroupCommunicators, JobContext
 from .errors import ArgumentError, GroupClosedError, GroupMember
+from .group_memory import GroupMemory
 from .group_objects import ObjectCollectives
 from .handles import AsyncHandle, CompletedHandle, StreamHandle, WorkHandle
 from .nccl import PyNcclCommunicator
@@ -26,7 +27,7 @@ from .routing import Router
 __all__ = ["GroupCoordinator"]
 
 
-class GroupCoordinator(ObjectCollectives):
+class GroupCoordinator(ObjectCollectives, GroupMemory):
     """One rank's side of one group: its collectives, and what they run on.
 
     Made by `init_distributed` or `ParallelState.create_group`. Unless said otherwise, a call is
@@ -60,11 +61,12 @@ class GroupCoordinator(ObjectCollectives):
         self.rank_in_group = member.rank_in_group
         self.local_rank = job.local_rank
         self.device = job.device
-        self._timeout_s = job.timeout_s
+        self._job = job
         self._communicators = communicators
         self._closed = False
         self._router = Router(member, communicators, job)
         self._route = self._router.route
+        self._prepare_memory()
 
     def __repr__(self) -> str:
         return f"GroupCoordinator({self.member}, device={self.device}, ranks={self.ranks})"
@@ -118,9 +120,10 @@ class GroupCoordinator(ObjectCollectives):
 
     def stats(self) -> dict[str, Any]:
         """Counters of this rank: ``{"ops": {op: {backend: {"calls", "bytes"}}}, "fallbacks":
-        {reason: calls}}``. Bytes are those of the call's tensor argument. Stays readable after
+        {reason: calls}, "symmetric_memory": {"contexts", "inactive": {reason: contexts},
+        "windows"}}``. Bytes are those of the call's tensor argument. Stays readable after
         `close()`. Not collective."""
-        return self._router.stats()
+        return {**self._router.stats(), "symmetric_memory": self._memory_stats()}
 
     def close(self) -> None:
         """Ends the group's use on this rank; its communicators live on for groups that share
@@ -364,7 +367,7 @@ class GroupCoordinator(ObjectCollectives):
         if self.world_size > 1:
             with collective_errors("barrier", self.member):
                 dist.monitored_barrier(
-                    self.cpu_group, timedelta(seconds=self._timeout_s), wait_all_ranks=True
+                    self.cpu_group, timedelta(seconds=self._job.timeout_s), wait_all_ranks=True
                 )
 
     # ---- inside -----------------------------------------------------------------------------

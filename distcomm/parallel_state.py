@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from types import TracebackType
 
+import torch
+
+from . import env
 from .agreement import Wish, agree_on_job
 from .communicators import GroupCommunicators, JobContext
 from .errors import (
@@ -25,13 +29,16 @@ from .errors import (
     NotInitializedError,
 )
 from .group import GroupCoordinator
+from .group_memory import GraphCapture, capture_stream
 from .layout import ParallelLayout
+from .memory import InactiveContext, MemoryContext, SuspendedContext, SymmetricPool
 from .process_groups import (
     collective_errors,
     create_default_process_group,
     destroy_default_process_group,
 )
 from .rendezvous import Launch, find_launch, pass_stage
+from .waiting import run_bounded
 
 __all__ = [
     "ParallelState",
@@ -45,9 +52,12 @@ __all__ = [
     "get_pp_group",
     "get_tp_group",
     "get_world_group",
+    "graph_capture",
     "init_distributed",
     "is_initialized",
 ]
+
+logger = logging.getLogger(__name__)
 
 # gloo tries this much longer than its timeout to connect to a rank that has failed.
 _GIVING_UP_S = 10.0
@@ -62,6 +72,7 @@ class ParallelState:
         layout: which ranks form which groups.
         rank, world_size, local_rank, device: this process's place.
         world, tp, cp, attn_tp, pp, dp, ep, moe_tp: the groups.
+        symmetric_pool: this process's symmetric memory; None where there can't be any.
     """
 
     world: GroupCoordinator
@@ -73,21 +84,28 @@ class ParallelState:
     ep: GroupCoordinator
     moe_tp: GroupCoordinator
 
-    def __init__(self, layout: ParallelLayout, launch: Launch, job: JobContext) -> None:
+    def __init__(
+        self, layout: ParallelLayout, launch: Launch, job: JobContext, reserved_bytes: int = 0
+    ) -> None:
         self.layout = layout
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.local_rank = job.local_rank
         self.device = job.device
+        self.symmetric_pool: SymmetricPool | None = job.symmetric_pool
         self._job = job
         self._groups: dict[str, GroupCoordinator] = {}
         self._communicators: dict[tuple[int, ...], GroupCommunicators] = {}
         self._launch = launch
         self._owns_default_group = launch.init_method is not None
+        self._built = False
         self._closed = False
         atexit.register(self._leave)
         try:
             self._build_groups()
+            self._built = True
+            self._reserve(reserved_bytes)
+            self._log_known_issues()
         except RuntimeError as error:
             self.close()
             if isinstance(error, DistcommError):
@@ -109,7 +127,7 @@ class ParallelState:
 
         Raises:
             ArgumentError: the name is taken, or `ranks` can't form a group.
-            CollectiveError: a member didn't come within the timeout.
+            CollectiveError, SymmetricMismatchError: a member didn't come within the timeout.
             GroupClosedError: the state is closed.
         """
         if self._closed:
@@ -147,7 +165,9 @@ class ParallelState:
             group.close()
         for communicators in reversed(self._communicators.values()):
             communicators.close()
-        self._leave()
+        if self.symmetric_pool is not None:
+            self._close_pool(self.symmetric_pool)
+        self._end_process_groups()
 
     def describe(self) -> str:
         """The layout and what this rank runs on, as text."""
@@ -169,12 +189,51 @@ class ParallelState:
     ) -> None:
         self.close()
 
-    def _leave(self) -> None:
-        """Ends torch's process groups; all that a process which exits without closing needs.
+    @contextmanager
+    def graph_capture(
+        self, stream: torch.cuda.Stream | None = None, *, symmetric: bool = False
+    ) -> Iterator[GraphCapture]:
+        """`GroupCoordinator.graph_capture` for all groups of this rank. Collective among all.
 
-        Their threads must not run when the interpreter shuts down: it aborts the process. What
-        NCCL holds ends with the process.
+        At the end, each group's members compare what they have captured in it. At the start, the
+        symmetric memory returns that contexts inside of captures have used whose graphs are gone.
         """
+        for group in self._groups.values():
+            group.count_capture()
+        if self.symmetric_pool is not None:
+            self.symmetric_pool.settle(self.world_size)
+        with ExitStack() as stack:
+            capture = stack.enter_context(capture_stream(self._job, stream, symmetric))
+            for group in self._groups.values():
+                stack.enter_context(group.capturing())
+            yield capture
+
+    def suspend_symmetric_memory(self) -> MemoryContext:
+        """A ``with`` block whose new tensors are ordinary memory, whatever contexts it is in."""
+        if self.symmetric_pool is None:
+            return InactiveContext()
+        return SuspendedContext(self.symmetric_pool)
+
+    def _close_pool(self, pool: SymmetricPool) -> None:
+        """Bounded, as freeing memory waits for the device, where a dead rank's peers may hang."""
+
+        def close() -> None:
+            torch.cuda.set_device(self.device)
+            pool.close()
+
+        try:
+            run_bounded(close, timeout_s=self._job.timeout_s, what="freeing symmetric memory")
+        except TimeoutError as error:
+            logger.warning("close: %s [rank %d]", error, self.rank)
+
+    def _leave(self) -> None:
+        """All that a process which exits without closing needs. What NCCL holds ends with it."""
+        if self.symmetric_pool is not None:
+            self.symmetric_pool.shut_down()
+        self._end_process_groups()
+
+    def _end_process_groups(self) -> None:
+        """Their threads must not run when the interpreter shuts down: it aborts the process."""
         for group in self._groups.values():
             group.close()
         for communicators in self._communicators.values():
@@ -190,6 +249,28 @@ class ParallelState:
         for axis, ranks in self.layout.groups_of(self.rank).items():
             with self._together(axis, ranks):
                 setattr(self, axis, self._add_group(GroupMember(axis, ranks, self.rank)))
+
+    def _reserve(self, num_bytes: int) -> None:
+        """Makes the slab that was agreed on and registers it, on all ranks or on none."""
+        pool = self.symmetric_pool
+        if pool is None or num_bytes == 0:
+            return
+        failure = pool.make_slab(num_bytes)
+        self._pass("symmetric/slab", None if failure is None else str(failure))
+        problem = None
+        try:
+            for communicators in self._communicators.values():
+                if communicators.windows is not None:
+                    communicators.windows.register_new()
+        except DistcommError as error:
+            problem = str(error)
+        self._pass("symmetric/windows", problem)
+        pool.heap.settle()  # what the probes of peer memory have used
+
+    def _log_known_issues(self) -> None:
+        if self.rank == 0 and self._job.issues is not None:
+            several = [ranks for ranks in self._communicators if len(ranks) > 1]
+            self._job.issues.log(self._job.topology(ranks) for ranks in several)
 
     def _world_communicators(self, everyone: tuple[int, ...]) -> GroupCommunicators:
         default_group = None
@@ -215,17 +296,34 @@ class ParallelState:
             yield
         except RuntimeError as error:
             failure = f"making the {axis} group failed: {error}"
+        self._pass(f"groups/{axis}", failure)
+
+    def _pass(self, stage: str, failure: str | None) -> None:
+        """All ranks get past a stage of initialization, or all raise the same error."""
         wait_s = 2 * self._job.timeout_s + _GIVING_UP_S
-        pass_stage(self._job.store, self._launch, f"groups/{axis}", failure, wait_s)
+        pass_stage(self._job.store, self._launch, stage, failure, wait_s)
 
     def _add_group(self, member: GroupMember) -> GroupCoordinator:
         ranks = member.ranks
         if ranks not in self._communicators:
-            self._communicators[ranks] = GroupCommunicators(member, self._job, _unique_name(ranks))
+            self._communicators[ranks] = self._registered_communicators(member)
         self._communicators[ranks].serve(member.name)
         group = GroupCoordinator(member, self._communicators[ranks], self._job)
         self._groups[member.name] = group
         return group
+
+    def _registered_communicators(self, member: GroupMember) -> GroupCommunicators:
+        """Made after initialization: with windows of what there is already."""
+        communicators = GroupCommunicators(member, self._job, _unique_name(member.ranks))
+        pool = self.symmetric_pool
+        if self._built and communicators.windows is not None and pool is not None:
+            try:
+                communicators.windows.count_common()
+                communicators.windows.register_common()
+            except DistcommError:
+                communicators.close()
+                raise
+        return communicators
 
 
 _current: ParallelState | None = None
@@ -241,6 +339,9 @@ def init_distributed(  # noqa: PLR0913 - a launch and its sizes have that many p
     cp_layout: str = "auto",
     order: str = "tp-cp-pp-dp",
     device: str = "auto",
+    symmetric_reserve: int | str = "auto",
+    verify_symmetric: bool = False,
+    ignore_known_issues: Collection[str] = (),
     timeout: float | timedelta = 300.0,
     init_method: str | None = None,
     rank: int | None = None,
@@ -258,6 +359,13 @@ def init_distributed(  # noqa: PLR0913 - a launch and its sizes have that many p
         order: axes, fastest-varying first.
         device: ``"cuda"``, ``"cpu"``, or ``"auto"``: CUDA if every rank has a GPU of its own and
             can load NCCL, else CPU with gloo. Agreed by all ranks.
+        symmetric_reserve: GPU memory to reserve and register for symmetric tensors: bytes, a text
+            such as ``"4GiB"``, 0 for none, or ``"auto"``: 1 GiB, and at most 1/64 of the GPU.
+            What doesn't fit later makes segments as needed, but not during CUDA graph captures.
+        verify_symmetric: compares the buffers of every NCCL collective between ranks, and raises
+            `SymmetricMismatchError` where they differ. Slow; for debugging.
+        ignore_known_issues: names of known issues of NCCL versions to do nothing about, or
+            ``("all",)``; see `distcomm.nccl.known_issues`.
         timeout: seconds that each step of initialization, each CPU collective and closing may
             take.
         init_method: where the ranks meet, e.g. ``"tcp://host:port"`` or ``"file:///path"``. A
@@ -285,9 +393,17 @@ def init_distributed(  # noqa: PLR0913 - a launch and its sizes have that many p
         )
     timeout_s = _checked_timeout(timeout)
     launch = find_launch(init_method, rank, world_size, local_rank)
-    wish = Wish({"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep}, order, cp_layout, device)
-    layout, job = agree_on_job(wish, launch, timeout_s)
-    _current = ParallelState(layout, launch, job)
+    wish = Wish(
+        {"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep},
+        order,
+        cp_layout,
+        device,
+        symmetric_reserve,
+        ignore_known_issues,
+        verify_symmetric or env.verifies_symmetric_memory(),
+    )
+    layout, job, reserved_bytes = agree_on_job(wish, launch, timeout_s)
+    _current = ParallelState(layout, launch, job, reserved_bytes)
     return _current
 
 
@@ -311,6 +427,15 @@ def get_parallel_state() -> ParallelState:
     if _current is None:
         raise NotInitializedError("no groups yet: call init_distributed() first")
     return _current
+
+
+@contextmanager
+def graph_capture(
+    stream: torch.cuda.Stream | None = None, *, symmetric: bool = False
+) -> Iterator[GraphCapture]:
+    """`GroupCoordinator.graph_capture` for all groups of the state in force."""
+    with get_parallel_state().graph_capture(stream, symmetric=symmetric) as capture:
+        yield capture
 
 
 def get_world_group() -> GroupCoordinator:

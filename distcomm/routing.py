@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .backends import Backend, LocalBackend, TorchPgBackend
+from .backends import Backend, LocalBackend, ObservedBackend, Observer, TorchPgBackend
 from .communicators import GroupCommunicators, JobContext
 from .dispatch import GroupFacts, Request, choose_backend
 from .errors import ArgumentError, GroupClosedError, GroupMember
@@ -47,7 +47,8 @@ class Router:
         self._job = job
         self._pynccl = communicators.pynccl
         self._backends: dict[str, Backend] = {}
-        self._routes: dict[tuple[str, bool, bool], _Route] = {}
+        self._routes: dict[tuple[str, bool, bool, bool], _Route] = {}
+        self._observers: tuple[Observer, ...] = ()
         self._closed = False
         self._stats_at_close: dict[str, Any] = {}
 
@@ -60,13 +61,23 @@ class Router:
         """
         on_cuda = x.is_cuda
         pynccl = self._pynccl
-        key = (op, on_cuda, pynccl is not None and pynccl.enabled)
+        key = (op, on_cuda, pynccl is not None and pynccl.enabled, bool(self._observers))
         route = self._routes.get(key)
         if route is None:
             route = self._routes[key] = self._resolve(*key)
         route.calls += 1
         route.num_bytes += x.nbytes
         return route.backend
+
+    def add_observer(self, observer: Observer) -> None:
+        """From now on `observer` is told of every NCCL collective before it is made."""
+        self._observers = (*self._observers, observer)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Undoes one `add_observer`."""
+        observers = list(self._observers)
+        observers.remove(observer)
+        self._observers = tuple(observers)
 
     def stats(self) -> dict[str, Any]:
         """Calls and bytes per op and backend, and how often a fallback was taken and why.
@@ -77,7 +88,7 @@ class Router:
             return self._stats_at_close
         ops: dict[str, dict[str, dict[str, int]]] = {}
         fallbacks: dict[str, int] = {}
-        for (op, _, _), route in self._routes.items():
+        for (op, *_), route in self._routes.items():
             counters = ops.setdefault(op, {}).setdefault(
                 route.backend_name, {"calls": 0, "bytes": 0}
             )
@@ -96,7 +107,7 @@ class Router:
         self._routes.clear()
         self._backends.clear()
 
-    def _resolve(self, op: str, on_cuda: bool, pynccl_enabled: bool) -> _Route:
+    def _resolve(self, op: str, on_cuda: bool, pynccl_enabled: bool, observed: bool) -> _Route:
         if self._closed:
             raise GroupClosedError(f"{op}: the group is closed [{self._member}]")
         job_device = self._job.device
@@ -120,7 +131,14 @@ class Router:
                 choice.fallback_reason,
                 self._member,
             )
-        return _Route(self._backend(choice.backend), choice.backend, choice.fallback_reason)
+        backend = self._backend(choice.backend)
+        if observed and choice.backend == "pynccl":
+            backend = ObservedBackend(backend, self._tell)
+        return _Route(backend, choice.backend, choice.fallback_reason)
+
+    def _tell(self, op: str, tensors: tuple[torch.Tensor, ...], placed: bool) -> None:
+        for observer in self._observers:
+            observer(op, tensors, placed)
 
     def _backend(self, name: str) -> Backend:
         if name not in self._backends:

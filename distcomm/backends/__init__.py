@@ -2,6 +2,7 @@
 
 from .base import Backend
 from .local import LocalBackend
+from .observed import ObservedBackend, Observer
 from .torch_pg import TorchPgBackend
 
-__all__ = ["Backend", "LocalBackend", "TorchPgBackend"]
+__all__ = ["Backend", "LocalBackend", "ObservedBackend", "Observer", "TorchPgBackend"]

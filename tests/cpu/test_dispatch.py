@@ -159,11 +159,13 @@ def test_an_exchange_may_use_neighbouring_memory():
 
 # Counters
 
+NO_CONTEXTS = {"contexts": 0, "inactive": {}, "windows": 0}
+
 
 def count_calls(state: ParallelState) -> dict[str, Any]:
     group = state.create_group("counted", range(state.world_size))
     shared = state.world.stats()
-    assert group.stats() == {"ops": {}, "fallbacks": {}}
+    assert group.stats() == {"ops": {}, "fallbacks": {}, "symmetric_memory": NO_CONTEXTS}
     for _ in range(3):
         group.all_reduce(torch.ones(4))
     group.all_reduce(torch.ones(2, 2, dtype=torch.float64))
@@ -183,6 +185,7 @@ def test_calls_and_bytes_are_counted_by_op_and_backend(job: Job):
                 "broadcast": {"gloo": {"calls": 1, "bytes": 0}},
             },
             "fallbacks": {},
+            "symmetric_memory": NO_CONTEXTS,
         }
 
 

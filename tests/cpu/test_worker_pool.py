@@ -158,10 +158,10 @@ def test_a_rank_that_outlives_a_failure_is_shown_and_replaced(pool: WorkerPool) 
 def test_timeout_shows_the_stack_of_every_rank(pool: WorkerPool) -> None:
     start = time.monotonic()
     with pytest.raises(WorkerTimeout) as caught:
-        pool.run(return_or_hang, timeout_s=0.3)
-    assert time.monotonic() - start < 5
+        pool.run(return_or_hang, timeout_s=1.5)  # enough for three to return on a busy machine
+    assert time.monotonic() - start < 8
     header, *blocks = str(caught.value).split("--- ")
-    assert "return_or_hang passed 0.3 s, 1 of 4 ranks running" in header
+    assert "return_or_hang passed 1.5 s, 1 of 4 ranks running" in header
     assert [block[:7] for block in blocks] == ["rank 0:", "rank 1:", "rank 2:", "rank 3:"]
     assert "still running tests.cpu.test_worker_pool.return_or_hang" in blocks[1]
     assert "in sleep_forever" in blocks[1]

@@ -1,0 +1,229 @@
+"""The memory half of a group: symmetric memory, and what is captured into CUDA graphs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+
+import torch
+
+from .communicators import GroupCommunicators, JobContext
+from .errors import ArgumentError, GroupMember
+from .memory import (
+    CaptureLog,
+    InactiveContext,
+    MemoryContext,
+    SymmetricMemoryContext,
+    expandable_segments_off,
+    placement_check,
+)
+from .objects import ObjectChannel
+from .routing import Router
+
+__all__ = ["GraphCapture", "GroupMemory", "capture_stream"]
+
+
+@dataclass(frozen=True)
+class GraphCapture:
+    """What to capture CUDA graphs with: ``torch.cuda.graph(graph, pool=c.pool, stream=c.stream)``.
+
+    Attributes:
+        stream: the stream to capture; None on CPU.
+        pool: the graphs' memory pool, symmetric if that was asked for; else None. Of no use
+            after the block.
+    """
+
+    stream: torch.cuda.Stream | None = None
+    pool: tuple[int, int] | None = None
+
+
+class GroupMemory:
+    """Symmetric memory and graph captures of one group; `GroupCoordinator` is one."""
+
+    member: GroupMember
+    device: torch.device
+    _job: JobContext
+    _communicators: GroupCommunicators
+    _router: Router
+
+    def _prepare_memory(self) -> None:
+        self._symmetric_counters: Counter[str] = Counter()
+        self._inactive: Counter[str] = Counter()
+        self._num_captures = 0
+        windows = self._communicators.windows
+        if windows is not None and self._job.verifies_symmetric:
+            channel = ObjectChannel(self.member, self._communicators.cpu_group)
+            self._router.add_observer(placement_check(windows, self.member.name, channel))
+
+    def symmetric_memory(self, enabled: bool = True) -> MemoryContext:
+        """A ``with`` block whose new CUDA tensors are symmetric: NCCL reads peers' directly.
+
+        All ranks of the group allocate the same, in the same order. The memory comes from one pool
+        of the process, so such a tensor may be used with every group; it is symmetric for those
+        that have a window of it (`is_symmetric`). Leaving is collective where the pool has grown,
+        and costs no communication otherwise. Contexts nest. Tensors live on after the block.
+
+        In a CUDA graph capture the block has to be entered inside the capture. Where there is no
+        symmetric memory the block does nothing, and `stats` counts why: on CPU, in a group of
+        one, with an NCCL that has no windows, or not `enabled`.
+
+        Args:
+            enabled: False for a block that does nothing.
+
+        Raises:
+            SymmetricMismatchError: on leaving, the ranks differ in what they have allocated, one
+                ran out of memory, or one didn't come in time; on every rank that came.
+            SymmetricOutOfMemoryError: an allocation failed.
+            SymmetricMemoryError: on leaving during a capture that needs a registration.
+        """
+        pool, windows = self._job.symmetric_pool, self._communicators.windows
+        if pool is None or windows is None or not enabled or windows.unsupported is not None:
+            return InactiveContext(self._why_inactive(enabled), self._inactive)
+        return SymmetricMemoryContext(pool, windows, self._symmetric_counters)
+
+    def is_symmetric(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` lies in memory that NCCL has a window of, for this group. Local."""
+        windows = self._communicators.windows
+        return windows is not None and windows.is_symmetric(tensor)
+
+    def peer_pointers(self, tensor: torch.Tensor) -> list[int | None]:
+        """The addresses of `tensor`'s first byte on every rank, in group order. Local.
+
+        An address can be loaded from and stored to by this rank's GPU. It is None for a rank
+        that is out of reach, and for all others where the probe at initialization has failed.
+        The other ranks' tensors must be at the same place of theirs, as they are if all ranks
+        have allocated the same. Addresses are valid until the group is closed or the memory freed.
+
+        Raises:
+            ArgumentError: `tensor` isn't symmetric for this group.
+        """
+        windows = self._communicators.windows
+        pointers = None
+        if windows is not None and windows.is_symmetric(tensor):
+            pointers = windows.peer_addresses(tensor.data_ptr())
+        if pointers is None:
+            raise ArgumentError(
+                "tensor",
+                "symmetric for this group",
+                f"one of shape {list(tensor.shape)} on {tensor.device} that is not",
+                call="peer_pointers",
+                member=self.member,
+            )
+        return pointers
+
+    @contextmanager
+    def graph_capture(
+        self, stream: torch.cuda.Stream | None = None, *, symmetric: bool = False
+    ) -> Iterator[GraphCapture]:
+        """A block in which this group's collectives are captured into CUDA graphs. Collective.
+
+            with group.graph_capture() as c, torch.cuda.graph(g, pool=c.pool, stream=c.stream):
+                y = group.all_reduce(x)
+
+        PyNCCL is enabled inside; the stream is current, after all that the former one was given,
+        and the former one goes on after it. At the end the ranks compare what they have captured.
+        On CPU it does nothing.
+
+        Args:
+            stream: the stream to capture; by default a new one.
+            symmetric: gives the graphs a memory pool of their own (``c.pool``) in symmetric
+                memory, which returns when they die. Graphs captured with one pool share memory:
+                replay them one after another. Where there is no symmetric memory, ordinary.
+
+        Raises:
+            SymmetricMismatchError: a rank didn't come in time to the beginning.
+            CaptureMismatchError: the ranks have captured different calls, a rank's capture
+                failed, or a rank didn't come in time; on every rank that came.
+            SymmetricOutOfMemoryError: the capture needs more symmetric memory than is reserved;
+                it names how much. The capture can be repeated.
+        """
+        windows, pool = self._communicators.windows, self._job.symmetric_pool
+        self.count_capture()
+        if symmetric and (windows is None or pool is None):
+            self._inactive[self._why_inactive(True)] += 1
+        if windows is not None and pool is not None and not pool.frozen:
+            windows.count_common()
+            windows.register_common()
+        with capture_stream(self._job, stream, symmetric) as capture, self.capturing():
+            yield capture
+
+    def count_capture(self) -> None:
+        """To be called before `capturing`, and before anything that may fail on a rank alone."""
+        self._num_captures += 1
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """The group's part of `graph_capture`, on whatever stream the caller captures."""
+        comm, windows = self._communicators.pynccl, self._communicators.windows
+        if comm is None or windows is None:
+            with comm.change_state(enable=True) if comm is not None else nullcontext():
+                yield
+            return
+        store = self._communicators.meeting_store(f"{self.member.name}/{self._num_captures}")
+        log = CaptureLog(windows, self.member.name, store, self._job.timeout_s)
+        self._router.add_observer(log.observe)
+        try:
+            with comm.change_state(enable=True):
+                yield
+        except BaseException as error:
+            log.tell(f"its capture failed: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._router.remove_observer(log.observe)
+        log.compare()
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    def _memory_stats(self) -> dict[str, object]:
+        windows = self._communicators.windows
+        return {
+            "contexts": self._symmetric_counters["contexts"],
+            "inactive": dict(self._inactive),
+            "windows": 0 if windows is None else windows.num_windows,
+        }
+
+    def _why_inactive(self, enabled: bool) -> str:
+        windows = self._communicators.windows
+        if not enabled:
+            return "disabled by the caller"
+        if self._job.symmetric_pool is None:
+            return self._job.no_symmetric
+        if windows is None:
+            return "a group of one"
+        return windows.unsupported or ""
+
+
+@contextmanager
+def capture_stream(
+    job: JobContext, stream: torch.cuda.Stream | None, symmetric: bool
+) -> Iterator[GraphCapture]:
+    """Makes a side stream current, ordered after and before the current one."""
+    if job.device.type != "cuda":
+        yield GraphCapture()
+        return
+    if stream is not None and stream.device != job.device:
+        raise ArgumentError(
+            "stream", f"a CUDA stream of {job.device}", stream, call="graph_capture"
+        )
+    stream = torch.cuda.Stream(job.device) if stream is None else stream
+    pool = job.symmetric_pool if symmetric else None
+    # Held here: once a capture has begun with it, the graph keeps it.
+    graph_pool = None if pool is None else pool.routing.graph_pool()
+    current = torch.cuda.current_stream(job.device)
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream), expandable_segments_off if pool else nullcontext():
+            yield GraphCapture(stream, None if graph_pool is None else graph_pool.id)
+    except torch.OutOfMemoryError as error:
+        failure = None if pool is None else pool.heap.take_failure()
+        if pool is not None and failure is not None:
+            raise pool.out_of_memory("graph_capture", failure) from error
+        raise
+    finally:
+        # A capture that was broken off may have left the stream unusable.
+        with suppress(RuntimeError):
+            current.wait_stream(stream)
+        if pool is not None and graph_pool is not None:
+            pool.routing.retire(graph_pool)

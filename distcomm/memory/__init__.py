@@ -1,0 +1,28 @@
+"""Memory that every rank has at the same place: segments, windows, pools."""
+
+from .alloc_conf import expandable_segments_off
+from .placement import CaptureLog, placement_check
+from .segment_heap import next_ordinal_of_device
+from .symmetric_context import (
+    InactiveContext,
+    MemoryContext,
+    SuspendedContext,
+    SymmetricMemoryContext,
+)
+from .symmetric_pool import SymmetricOutOfMemoryError, SymmetricPool, parse_num_bytes
+from .windows import GroupWindows
+
+__all__ = [
+    "CaptureLog",
+    "GroupWindows",
+    "InactiveContext",
+    "MemoryContext",
+    "SuspendedContext",
+    "SymmetricMemoryContext",
+    "SymmetricOutOfMemoryError",
+    "SymmetricPool",
+    "expandable_segments_off",
+    "next_ordinal_of_device",
+    "parse_num_bytes",
+    "placement_check",
+]

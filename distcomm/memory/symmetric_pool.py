@@ -1,0 +1,247 @@
+"""The process's symmetric pool: torch's memory pools over the segment heap, for all groups."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError, DistcommError, SymmetricMemoryError
+from ..native import NativeNccl
+from .pool_routing import PoolRouting
+from .segment_heap import COUNTERS, AllocationFailure, SegmentHeap
+from .windows import GroupWindows
+
+__all__ = ["SymmetricOutOfMemoryError", "SymmetricPool", "parse_num_bytes"]
+
+logger = logging.getLogger(__name__)
+
+_NUM_BYTES = re.compile(r"([0-9]+)\s*(?:([kmgt])i?)?b?")
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class SymmetricOutOfMemoryError(SymmetricMemoryError, torch.OutOfMemoryError):
+    """An allocation of symmetric memory failed; the message has the pool's state.
+
+    Attributes:
+        failure: what the allocator says.
+    """
+
+    def __init__(self, what: str, failure: AllocationFailure, stats: dict[str, Any]) -> None:
+        self.failure = failure
+        hint = ""
+        if failure.kind == "capturing":
+            hint = (
+                f"; reserve at least {failure.num_bytes} bytes more before the capture, with "
+                "symmetric_reserve=... or reserve(), and capture again"
+            )
+        super().__init__(
+            f"{what}: no {failure.num_bytes} bytes of symmetric memory: {failure.text}{hint}. "
+            f"The pool has {stats['bytes_reserved']} bytes in {stats['segments']} segments, "
+            f"{stats['bytes_used']} in use, at most {stats['largest_free']} in one piece"
+        )
+
+
+def parse_num_bytes(argument: str, value: int | str, call: str) -> int:
+    """Bytes from an integer or a text such as ``"512MiB"`` or ``"4G"`` (powers of 1024).
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if isinstance(value, str):
+        parts = _NUM_BYTES.fullmatch(value.strip().lower())
+        if parts is not None:
+            return int(parts[1]) * _UNITS[parts[2] or ""]
+    elif type(value) is int and value >= 0:
+        return value
+    raise ArgumentError(
+        argument, "a number of bytes >= 0, or a text such as '512MiB' or '4GiB'", repr(value),
+        call=call,
+    )  # fmt: skip
+
+
+class SymmetricPool:
+    """Symmetric memory of one process and device, for all its groups.
+
+    Args:
+        nccl: the libnccl to allocate with.
+        device: this rank's device.
+        chunk_bytes: the least size of a segment that is made when nothing fits.
+
+    Attributes:
+        heap: the segments and windows.
+        routing: which threads allocate here.
+        frozen: whether `freeze()` was called.
+
+    Raises:
+        NativeLibraryError: this libnccl has no windows.
+    """
+
+    def __init__(
+        self, nccl: NativeNccl, device: torch.device, *, chunk_bytes: int = 64 << 20
+    ) -> None:
+        self.device = device
+        self.heap = SegmentHeap(nccl, device.index, chunk_bytes=chunk_bytes, shared=True)
+        self.heap.freeze(False)
+        self.heap.defer_frees(True)
+        self._at_start = self.heap.stats()
+        self.routing = PoolRouting(nccl, device)
+        self._groups: list[GroupWindows] = []
+        self.frozen = False
+        self._warned_frozen = False
+        self._closed = False
+
+    # ---- for users --------------------------------------------------------------------------
+
+    def reserve(self, num_bytes: int | str) -> None:
+        """Makes a slab and registers it with all groups. Collective among all ranks of the job.
+
+        Args:
+            num_bytes: the same on all ranks; bytes, or a text such as ``"4GiB"``.
+
+        Raises:
+            SymmetricMismatchError: a rank had no memory for it, or didn't come; on every rank.
+            SymmetricOutOfMemoryError: this rank has no memory, and no group to tell.
+        """
+        size = parse_num_bytes("num_bytes", num_bytes, "reserve")
+        self._refuse_if_closed("reserve")
+        if self.frozen:
+            raise SymmetricMemoryError("reserve: the pool is frozen: freeze() is for good")
+        if size == 0:
+            return
+        self.register_common()  # what is pending, so that the slab is all that is new
+        error = self.make_slab(size)
+        try:
+            for windows in self._groups:
+                windows.register_new(failure=None if error is None else str(error))
+            if error is not None:  # and there is no group to tell
+                raise error
+        finally:
+            del error  # a traceback would hold it, and it the traceback
+
+    def freeze(self) -> None:
+        """Ends growth for good: what no longer fits is ordinary memory. Collective.
+
+        Segments that a group hasn't registered yet are registered first, if all of its ranks
+        have them; after that nothing is.
+
+        Raises:
+            SymmetricMismatchError: a rank didn't come in time.
+        """
+        self._refuse_if_closed("freeze")
+        try:
+            self.register_common()
+        finally:  # also if a rank didn't come, as those of other groups know nothing of it
+            self.frozen = True
+            self.heap.freeze(True)
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes and counters of this rank's pool. Not collective.
+
+        ``segments`` (of these ``slabs`` were reserved), ``bytes_reserved``, ``bytes_used``,
+        ``bytes_free``, ``largest_free``, ``windows`` (per group), ``fallbacks`` (allocations that
+        became ordinary memory, by reason), ``captures`` (pools of captured graphs that live), and
+        the heap's counters.
+        """
+        captures = self.routing.num_captures()
+        heap = self.heap.stats()
+        for name in COUNTERS:  # the heap is the process's, and counts on
+            heap[name] -= self._at_start[name]
+        reason = "frozen: no room in the reserved segments"
+        ordinary = heap["ordinary_allocations"]
+        return {
+            **heap,
+            "bytes_free": heap["bytes_reserved"] - heap["bytes_used"],
+            "windows": {windows.member.name: windows.num_windows for windows in self._groups},
+            "fallbacks": {reason: ordinary} if ordinary else {},
+            "captures": captures,
+            "frozen": self.frozen,
+        }
+
+    # ---- for the state and its groups -------------------------------------------------------
+
+    def make_slab(self, num_bytes: int) -> SymmetricOutOfMemoryError | None:
+        """Reserves memory on this rank alone, unregistered; the error if that fails."""
+        self.heap.settle()
+        self.heap.trim()
+        if self.heap.reserve(num_bytes):
+            return None
+        failure = self.heap.take_failure()
+        return None if failure is None else self.out_of_memory("reserve", failure)
+
+    def register_common(self, payload: Any = None) -> dict[GroupWindows, list[Any]]:
+        """`GroupWindows.register_common` with every group; the payloads by group. Collective."""
+        for windows in self._groups:
+            windows.count_common()
+        return {windows: windows.register_common(payload) for windows in self._groups}
+
+    def settle(self, num_ranks: int) -> None:
+        """Registers what is pending, and gives back what captures whose graphs are gone have used.
+
+        Collective among all ranks of the job, which give back the same.
+
+        Args:
+            num_ranks: how many there are.
+        """
+        ended = self.routing.ended_captures()
+        if self.frozen:
+            everyone = [w for w in self._groups if w.comm.world_size == num_ranks]
+            for windows in everyone:
+                windows.count_common()
+            payloads = [windows.exchange(ended) for windows in everyone]
+        else:
+            payloads = [
+                lists for w, lists in self.register_common(ended).items() if len(lists) == num_ranks
+            ]
+        for lists in payloads:
+            self.routing.drop_captures(set.intersection(*map(set, lists)))
+        self.heap.settle()
+
+    def add_group(self, windows: GroupWindows) -> None:
+        """`reserve` and `freeze` register with this communicator too, after those added before."""
+        self._groups.append(windows)
+
+    def remove_group(self, windows: GroupWindows) -> None:
+        """Undoes `add_group`. Idempotent."""
+        if windows in self._groups:
+            self._groups.remove(windows)
+
+    def out_of_memory(self, what: str, failure: AllocationFailure) -> SymmetricOutOfMemoryError:
+        """The error for a failed allocation."""
+        return SymmetricOutOfMemoryError(f"{what} on {self.device}", failure, self.heap.stats())
+
+    def warn_if_overflowed(self) -> None:
+        """Logs once that the pool, frozen, has given out ordinary memory."""
+        if self._warned_frozen:
+            return
+        if self.heap.num_ordinary() > self._at_start["ordinary_allocations"]:
+            self._warned_frozen = True
+            logger.warning(
+                "the frozen symmetric pool is full: further tensors are ordinary memory (%s)",
+                self.device,
+            )
+
+    def close(self) -> None:
+        """Gives back all memory that no tensor uses; the rest follows when its tensors go.
+
+        Communicators must have been closed before. Idempotent; local.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self.routing.close()
+        self.heap.freeze(False)
+        self.heap.defer_frees(False)  # what outlives the pool goes back at once
+        self.heap.retire_all()
+
+    def shut_down(self) -> None:
+        """The process ends without `close`: what is freed from now on stays as it is."""
+        self.heap.shut_down()
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    def _refuse_if_closed(self, call: str) -> None:
+        if self._closed:
+            raise DistcommError(f"{call}: the symmetric pool is closed ({self.device})")
