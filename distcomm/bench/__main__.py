@@ -1,8 +1,14 @@
-"""Command line of the benchmarks: ``host`` under torchrun, one process a GPU; ``layout`` alone."""
+"""Command line of the benchmarks.
+
+``host`` and ``symmetric`` run under torchrun, one process a GPU; ``register`` in one process with
+a GPU; ``layout`` anywhere.
+"""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +17,17 @@ from ..parallel_state import init_distributed
 from .conditions import write_result
 from .host import format_host, run_host
 from .layout import format_layout, run_layout
+from .register import format_register, run_register
+from .symmetric import format_symmetric, run_symmetric
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m distcomm.bench", description=__doc__)
     parser.add_argument(
         "benchmark",
-        choices=["host", "layout"],
-        help="host: CPU cost of a call; layout: time to find a rank's groups",
+        choices=["host", "layout", "register", "symmetric"],
+        help="host: CPU cost of a call; layout: time to find a rank's groups; register: cost of "
+        "finding nothing to register; symmetric: contexts, and all-reduces on their tensors",
     )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     options = parser.parse_args()
@@ -26,11 +35,23 @@ def main() -> None:
         result = run_layout()
         _report(options, result, format_layout(result))
         return
-    world_size = env.read_int("WORLD_SIZE") or 1
-    with init_distributed(tp=world_size, device="cuda", timeout=60) as state:
-        result = run_host(state)
-        if state.rank == 0:
-            _report(options, result, format_host(result))
+    run, table = _ON_GPUS[options.benchmark]
+    # A process that torchrun hasn't started is a job of its own.
+    with tempfile.TemporaryDirectory() as folder:
+        alone = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
+        world_size = env.read_int("WORLD_SIZE")
+        place: dict[str, Any] = {} if world_size else alone
+        with init_distributed(tp=world_size or 1, device="cuda", timeout=60, **place) as state:
+            result = run(state)
+            if state.rank == 0:
+                _report(options, result, table(result))
+
+
+_ON_GPUS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
+    "host": (run_host, format_host),
+    "register": (run_register, format_register),
+    "symmetric": (run_symmetric, format_symmetric),
+}
 
 
 def _report(options: argparse.Namespace, result: dict[str, Any], table: str) -> None:
