@@ -139,7 +139,7 @@ def _nccl_options(
     options: dict[str, Any] = {
         "issues": KnownIssues(probe.nccl.version, wish.ignore_known_issues),
         "verifies_symmetric": wish.verify_symmetric,
-        "no_symmetric": f"NCCL {probe.nccl.version_text} has no windows",
+        "no_symmetric": f"NCCL {probe.nccl.version_text}, or the CUDA driver, has no windows",
     }
     if all(report["windows"] for report in reports):
         device = torch.device("cuda", probe.device_index)

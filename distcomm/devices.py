@@ -54,11 +54,17 @@ class CudaProbe:
             "problem": self.problem,
             "gpu": self.gpu,
             "nccl_version": version,
-            "windows": self.nccl is not None and _has_windows(self.nccl),
+            "windows": self._has_windows(),
             "memory": self.memory,
             "host": self.host,
             "segment_ordinal": ordinal,
         }
+
+    def _has_windows(self) -> bool:
+        if self.nccl is None or self.native is None:
+            return False
+        has_driver = bool(self.native.functions.distcomm_has_cuda_driver())
+        return has_driver and all(map(self.nccl.supports, ("mem_alloc", "window_register")))
 
 
 def check_device(device: str, rank: int) -> None:
@@ -87,10 +93,6 @@ def _host() -> str:
     boot_id = Path(_BOOT_ID)
     boot = boot_id.read_text().strip() if boot_id.exists() else ""
     return env.nccl_host_id() or f"{socket.gethostname()}/{boot}"
-
-
-def _has_windows(nccl: NcclLibrary) -> bool:
-    return nccl.supports("mem_alloc") and nccl.supports("window_register")
 
 
 def agreed_device_type(

@@ -56,7 +56,7 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     ),
     "distcomm_has_cuda_driver": (c_int, []),
     "distcomm_fenced_group_end": (c_int, [c_void_p, c_void_p]),
-    "distcomm_capture_id": (c_int, [c_void_p, POINTER(c_uint64)]),
+    "distcomm_capture_id": (c_uint64, [c_void_p]),
     "distcomm_watch_capture": (c_int, [c_void_p]),
     "distcomm_take_ended_captures": (c_size_t, [POINTER(c_uint64), c_size_t]),
     # host, device, num_bytes

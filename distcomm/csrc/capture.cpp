@@ -124,15 +124,12 @@ using namespace distcomm;
 
 DISTCOMM_EXPORT int distcomm_has_cuda_driver() { return cuda_driver().complete(); }
 
-// `id` is that of the capture under way on `stream`, or 0. Returns a CUresult.
-DISTCOMM_EXPORT int distcomm_capture_id(CudaStream stream, uint64_t* id) {
-  *id = 0;
+// A number of the capture under way on `stream`; 0 if there is none.
+DISTCOMM_EXPORT uint64_t distcomm_capture_id(CudaStream stream) {
   const CudaDriver& driver = cuda_driver();
-  if (!driver.complete()) return kNotSupported;
   CaptureInfo info;
-  const CudaResult result = capture_info(driver, stream, &info);
-  if (result == kCudaSuccess && info.active) *id = info.id;
-  return result;
+  if (!driver.complete() || !is_capturing(driver, stream)) return 0;
+  return capture_info(driver, stream, &info) == kCudaSuccess && info.active ? info.id : 0;
 }
 
 // From the end of the graph that `stream` captures, distcomm_take_ended_captures knows its capture

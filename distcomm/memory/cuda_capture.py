@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import c_uint64
 
 from ..errors import SymmetricMemoryError
@@ -22,23 +21,21 @@ class CaptureWatch:
 
     def __init__(self, nccl: NativeNccl) -> None:
         self._native = nccl.functions
+        self._capture_id = self._native.distcomm_capture_id
 
     def capture_id(self, stream: int) -> int:
         """A number of the capture under way on a stream; 0 if there is none."""
-        number = c_uint64()
-        self._check(self._native.distcomm_capture_id(stream, ctypes.byref(number)))
-        return number.value
+        number: int = self._capture_id(stream)
+        return number
 
     def watch(self, stream: int) -> None:
         """`take_ended` will tell when the graph that this stream captures is gone."""
-        self._check(self._native.distcomm_watch_capture(stream))
+        code = self._native.distcomm_watch_capture(stream)
+        if code:
+            raise SymmetricMemoryError(f"the CUDA driver doesn't watch a capture: error {code}")
 
     def take_ended(self) -> list[int]:
         """The captures watched whose graphs, and all made from them, are gone; each once."""
         numbers = (c_uint64 * _BATCH)()
         count = self._native.distcomm_take_ended_captures(numbers, _BATCH)
         return list(numbers[:count])
-
-    def _check(self, code: int) -> None:
-        if code:
-            raise SymmetricMemoryError(f"the CUDA driver refused a look at a capture: error {code}")

@@ -169,25 +169,26 @@ class PeerMemory:
         """Fills `reachable`, or raises `_ProbeFailed`, on all ranks alike."""
         area = self._heap.alloc(self._comm.world_size * _SLOT_BYTES)
         try:
-            place, firsts = self._prepared(area)
+            place, reports = self._prepared(area)
         except _ProbeFailed:
             if area:
                 self._heap.free(area)
             raise
         # From here on, a probe that fails leaves its area behind: a peer may still write there.
-        own = replace(place, offset=place.offset + self._rank * _SLOT_BYTES)
-        reached = {
-            peer: address
-            for peer, first in enumerate(firsts)
-            if first == firsts[self._rank] and (address := self._address(own, peer)) is not None
-        }
+        reached = {}
+        for peer, report in enumerate(reports):
+            if report["first"] == reports[self._rank]["first"]:
+                slot = replace(place, offset=report["place"][1] + self._rank * _SLOT_BYTES)
+                address = self._address(slot, peer)
+                if address is not None:
+                    reached[peer] = address
         writers = self._written(reached)
         self._verify_arrival(area, writers)
         self.reachable = tuple(sorted(reached))
         self._heap.free(area)
 
-    def _prepared(self, area: int) -> tuple[HeapLocation, list[int]]:
-        """Clears the probe area; where it is, and every rank's `_first_rank`."""
+    def _prepared(self, area: int) -> tuple[HeapLocation, list[Any]]:
+        """Clears the probe area; where it is, and all ranks' reports of theirs."""
         place, first, failure = None, -1, None
         try:
             place = self._heap.find(self._comm.handle, area) if area else None
@@ -202,11 +203,11 @@ class PeerMemory:
         except RuntimeError as failed:  # torch's, too: the others are told
             failure = str(failed)
         where = None if place is None else [place.ordinal, place.offset]
-        report = {"first": first, "place": where, "failure": failure}
-        reports = self._met("probe/ready", report)
-        if any(each["place"] != where for each in reports) or place is None:
-            raise _ProbeFailed("the ranks' probe areas are at different places")
-        return place, [each["first"] for each in reports]
+        reports = self._met("probe/ready", {"first": first, "place": where, "failure": failure})
+        # Offsets may differ, as what the ranks have done before; the window must be the same.
+        if place is None or any(each["place"][0] != place.ordinal for each in reports):
+            raise _ProbeFailed("the ranks' probe areas are in different segments")
+        return place, reports
 
     def _written(self, reached: dict[int, int]) -> list[int]:
         """Leaves this rank's mark with the ranks within reach; who has done so with this one."""

@@ -17,7 +17,6 @@ from .cuda_capture import CaptureWatch
 __all__ = ["PoolRouting"]
 
 # Looked up once: contexts are entered and left around every layer of a model.
-_is_capturing = torch._C._cuda_isCurrentStreamCapturing
 _begin_in_thread = torch._C._cuda_beginAllocateCurrentThreadToPool
 _end_in_thread = torch._C._cuda_endAllocateToPool
 _release = torch._C._cuda_releasePool
@@ -102,7 +101,7 @@ class PoolRouting:
     def enter(self) -> None:
         """From here on this thread allocates symmetric memory, until `leave`. Nests."""
         frames = self._threads.frames
-        capture_id = self._capture_id() if _is_capturing() else 0
+        capture_id = self._capture_id()
         if frames or capture_id:
             pool = self._pool_for(capture_id, frames)
             begun = () if frames and pool is frames[-1].pool else (pool,)
@@ -115,7 +114,7 @@ class PoolRouting:
 
     def suspend(self) -> None:
         """From here on this thread allocates as if it weren't in a context, until `leave`."""
-        capture_id = self._capture_id() if _is_capturing() else 0
+        capture_id = self._capture_id()
         frames = self._threads.frames
         routed: list[_Pool] = []
         for frame in reversed(frames):
@@ -138,12 +137,11 @@ class PoolRouting:
             return
         for pool in frame.begun:
             self._end(pool)
-            in_use = frames and any(pool in other.begun for other in frames)
-            if frame.capture_id == 0 and not in_use:
-                if pool.generation == self._generation and not self._closed:
-                    self._idle[threading.get_ident()] = frame
-                else:
-                    self.retire(pool)
+        if frame.begun and frame.capture_id == 0:
+            if frame.pool.generation == self._generation and not self._closed:
+                self._idle[threading.get_ident()] = frame
+            else:
+                self._retired.append(frame.pool)
         if self._retired:
             self._drop_retired()
 
@@ -200,6 +198,7 @@ class PoolRouting:
     # ---- inside -----------------------------------------------------------------------------
 
     def _capture_id(self) -> int:
+        """Of the current stream of this device, which need not be the thread's current device."""
         return self._watch.capture_id(torch._C._cuda_getCurrentRawStream(self._device_index))
 
     def _pool_for(self, capture_id: int, frames: Sequence[_Frame]) -> _Pool:
@@ -229,7 +228,7 @@ class PoolRouting:
         self._drop_retired()
 
     def _drop_retired(self) -> None:
-        if self._num_begun == 0 and not _is_capturing():
+        if self._num_begun == 0 and not self._capture_id():
             self._retired.clear()
 
     def _pool_of_capture(self, capture_id: int) -> _Pool:

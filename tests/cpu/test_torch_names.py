@@ -41,7 +41,6 @@ def test_the_names_are_found() -> None:
         "_cuda_beginAllocateCurrentThreadToPool",
         "_cuda_endAllocateToPool",
         "_cuda_getCurrentRawStream",
-        "_cuda_isCurrentStreamCapturing",
         "_cuda_releasePool",
     }
     assert private_names(memory / "alloc_conf.py") == EITHER

@@ -1,0 +1,351 @@
+"""Which pool a thread allocates from, over a stand-in that keeps torch's rules.
+
+The stand-in is strict where torch crashes, hangs or goes wrong silently: a pool begun twice, an
+end or release without a begin, a pool that goes while any other is begun, and lookups of the
+wrong device. What a thread would allocate from is torch's rule: the latest begun that applies.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distcomm.errors import DistcommError
+from distcomm.memory import pool_routing
+from distcomm.memory.pool_routing import PoolRouting
+
+DEVICE_INDEX = 3
+GRAPH = "the graph's own pool"
+
+
+class Torch:
+    """Pools, routes and captures, as torch keeps them. Errors are kept for the end, as torch's
+    would end the process."""
+
+    def __init__(self) -> None:
+        self.routes: list[tuple[Any, int | None]] = []  # pool, thread; None for a graph's own
+        self.use_counts: dict[int, int] = {}
+        self.num_pools = 0
+        self.capture_id = 0
+        self.watched: list[int] = []
+        self.ended: list[int] = []
+        self.faults: list[str] = []
+
+    def begin(self, device: int, pool: int) -> None:
+        assert device == DEVICE_INDEX
+        self.use_counts[pool] += 1
+        if any(pool == begun for begun, _ in self.routes):
+            raise RuntimeError("already recording")
+        self.routes.append((pool, threading.get_ident()))
+
+    def end(self, device: int, pool: int) -> None:
+        assert device == DEVICE_INDEX
+        found = [route for route in self.routes if route[0] == pool]
+        if not found:
+            raise RuntimeError("endAllocatePool: not currently recording")
+        self.routes.remove(found[0])
+
+    def release(self, device: int, pool: int) -> None:
+        assert device == DEVICE_INDEX
+        self.use_counts[pool] -= 1
+        if self.use_counts[pool] < 1:
+            self.faults.append(f"pool {pool} was released once too often")
+
+    def destroy(self, pool: int) -> None:
+        if self.routes or self.capture_id:
+            self.faults.append(f"pool {pool} went while {self.routes} were begun")
+        if self.use_counts.pop(pool) != 1:
+            self.faults.append(f"pool {pool} went while it was begun")
+
+    def allocates_from(self) -> Any:
+        """The pool, of this thread; None for ordinary memory."""
+        mine = [pool for pool, thread in self.routes if thread in (None, threading.get_ident())]
+        return mine[-1] if mine else None
+
+    def begin_capture(self) -> None:
+        self.num_captures = getattr(self, "num_captures", 0) + 1
+        self.capture_id = 100 + self.num_captures
+        self.routes.append((GRAPH, None))
+
+    def end_capture(self) -> int:
+        self.routes.remove((GRAPH, None))
+        ended, self.capture_id = self.capture_id, 0
+        return ended
+
+    def take_ended(self) -> list[int]:
+        taken, self.ended = self.ended, []
+        return taken
+
+
+class MemPool:
+    def __init__(self, owner: Torch) -> None:
+        self._owner = owner
+        owner.num_pools += 1
+        self.id = owner.num_pools
+        owner.use_counts[self.id] = 1
+
+    def __del__(self) -> None:
+        self._owner.destroy(self.id)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
+    with patched(monkeypatch) as there:
+        yield there
+
+
+class patched:  # noqa: N801 - used as a function
+    """Puts the stand-in in torch's place."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+
+    def __enter__(self) -> Torch:
+        there = Torch()
+        put = self._patch.setattr
+        put(pool_routing, "_begin_in_thread", there.begin)
+        put(pool_routing, "_end_in_thread", there.end)
+        put(pool_routing, "_release", there.release)
+        put(pool_routing, "_torch_allocator", lambda path: None)
+        put(torch.cuda, "MemPool", lambda allocator: MemPool(there), raising=False)
+        put(torch.cuda, "device", lambda device: nullcontext())
+        put(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+        watch = SimpleNamespace(
+            capture_id=lambda stream: there.capture_id,
+            watch=lambda stream: there.watched.append(there.capture_id),
+            take_ended=there.take_ended,
+        )
+        put(pool_routing, "CaptureWatch", lambda nccl: watch)
+        return there
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+
+def make_routing() -> PoolRouting:
+    return PoolRouting(SimpleNamespace(path="lib.so"), torch.device("cuda", DEVICE_INDEX))
+
+
+def check_end(there: Torch, routing: PoolRouting) -> None:
+    """After closing, every pool is gone, at once and not at a collection."""
+    gc.disable()
+    try:
+        routing.close()
+        assert there.routes == []
+        assert there.use_counts == {}, "pools are left"
+    finally:
+        gc.enable()
+    assert there.faults == []
+
+
+def test_nested_and_suspended(stand_in: Torch) -> None:
+    routing = make_routing()
+    routing.enter()
+    pool = stand_in.allocates_from()
+    routing.enter()
+    assert stand_in.allocates_from() == pool
+    routing.suspend()
+    assert stand_in.allocates_from() is None
+    routing.suspend()
+    routing.enter()
+    assert stand_in.allocates_from() == pool
+    routing.leave()
+    assert stand_in.allocates_from() is None
+    routing.leave()
+    routing.leave()
+    assert stand_in.allocates_from() == pool
+    routing.leave()
+    routing.leave()
+    assert stand_in.allocates_from() is None
+    routing.enter()
+    assert stand_in.allocates_from() == pool, "a thread goes on with its pool"
+    routing.leave()
+    assert stand_in.num_pools == 1
+    check_end(stand_in, routing)
+
+
+def test_a_capture_has_a_pool_of_its_own(stand_in: Torch) -> None:
+    routing = make_routing()
+    routing.enter()
+    eager = stand_in.allocates_from()
+    stand_in.begin_capture()
+    assert stand_in.allocates_from() == GRAPH
+    pools = []
+    for _ in range(2):
+        routing.enter()
+        pools.append(stand_in.allocates_from())
+        routing.suspend()
+        assert stand_in.allocates_from() == GRAPH
+        routing.leave()
+        assert stand_in.allocates_from() == pools[-1]
+        routing.leave()
+        assert stand_in.allocates_from() == GRAPH
+    assert pools[0] == pools[1] != eager
+    assert stand_in.watched == [stand_in.capture_id]
+    capture_id = stand_in.end_capture()
+    assert stand_in.allocates_from() == eager
+    routing.leave()
+    assert (routing.num_captures(), routing.ended_captures()) == (1, [])
+    stand_in.ended.append(capture_id)
+    assert (routing.num_captures(), routing.ended_captures()) == (0, [1])
+    assert pools[0] in stand_in.use_counts, "given back only where all ranks do"
+    routing.enter()
+    routing.drop_captures({1})
+    assert pools[0] in stand_in.use_counts, "not while another one is begun"
+    assert routing.ended_captures() == []
+    routing.leave()
+    assert pools[0] not in stand_in.use_counts
+    check_end(stand_in, routing)
+
+
+def test_renewed_pools(stand_in: Torch) -> None:
+    routing = make_routing()
+    routing.enter()
+    first = stand_in.allocates_from()
+    routing.leave()
+    routing.renew()
+    assert first not in stand_in.use_counts, "an idle pool goes at once"
+    routing.enter()
+    second = stand_in.allocates_from()
+    routing.renew()
+    assert stand_in.allocates_from() == second, "one in use goes when it is left"
+    routing.leave()
+    assert second not in stand_in.use_counts
+    routing.enter()
+    assert stand_in.allocates_from() not in (first, second)
+    routing.leave()
+    check_end(stand_in, routing)
+
+
+def test_threads_have_pools_of_their_own(stand_in: Torch) -> None:
+    routing = make_routing()
+    routing.enter()
+    mine, theirs = stand_in.allocates_from(), []
+    inside, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        assert stand_in.allocates_from() is None
+        routing.enter()
+        theirs.append(stand_in.allocates_from())
+        inside.set()
+        done.wait(10)
+        routing.leave()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    assert stand_in.allocates_from() == mine != theirs[0]
+    routing.renew()
+    routing.leave()
+    assert mine in stand_in.use_counts, "not while the other thread is in a pool"
+    done.set()
+    thread.join(10)
+    assert not {mine, theirs[0]} & stand_in.use_counts.keys()
+    check_end(stand_in, routing)
+
+
+def test_closing_inside_a_context(stand_in: Torch) -> None:
+    routing = make_routing()
+    routing.enter()
+    routing.close()
+    with pytest.raises(DistcommError, match="the pool is closed"):
+        routing.graph_pool()
+    routing.leave()
+    check_end(stand_in, routing)
+
+
+def test_a_graph_pool_is_dropped_when_it_is_safe(stand_in: Torch) -> None:
+    routing = make_routing()
+    routing.enter()
+    pool = routing.graph_pool()
+    number = pool.id
+    routing.retire(pool)
+    del pool
+    assert number in stand_in.use_counts
+    routing.leave()
+    assert number not in stand_in.use_counts
+    check_end(stand_in, routing)
+
+
+def test_a_failed_begin_changes_nothing(stand_in: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
+    routing = make_routing()
+
+    def refuse(device: int, pool: int) -> None:
+        raise RuntimeError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_routing, "_begin_in_thread", refuse)
+        with pytest.raises(RuntimeError, match="refused"):
+            routing.enter()
+    assert stand_in.allocates_from() is None
+    routing.enter()
+    assert stand_in.allocates_from() is not None
+    routing.leave()
+    check_end(stand_in, routing)
+
+
+class Model:
+    """The stack as a user sees it: what was current before comes back."""
+
+    def __init__(self, there: Torch, routing: PoolRouting) -> None:
+        self.there, self.routing = there, routing
+        self.stack: list[tuple[str, Any]] = []  # what was entered, and what was current before
+
+    def step(self, action: str) -> None:
+        there, routing = self.there, self.routing
+        before = there.allocates_from()
+        if action == "enter":
+            self.stack.append(("context", before))
+            routing.enter()
+            assert there.allocates_from() not in (None, GRAPH)
+        elif action == "suspend":
+            self.stack.append(("context", before))
+            routing.suspend()
+            expected = GRAPH if there.capture_id else None
+            assert there.allocates_from() == expected
+        elif action == "capture" and not there.capture_id:
+            self.stack.append(("capture", before))
+            there.begin_capture()
+        elif action == "renew":
+            routing.renew()
+            assert there.allocates_from() == before
+        elif action == "leave" and self.stack:
+            self.leave()
+        elif action == "settle" and not there.capture_id:
+            routing.drop_captures(routing.ended_captures())
+            assert there.allocates_from() == before
+
+    def leave(self) -> None:
+        kind, before = self.stack.pop()
+        if kind == "context":
+            self.routing.leave()
+        else:
+            self.there.ended.append(self.there.end_capture())  # the graph is gone at once
+        assert self.there.allocates_from() == before
+
+
+ACTIONS = ["enter", "enter", "suspend", "capture", "renew", "settle", "leave", "leave"]
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(actions=st.lists(st.sampled_from(ACTIONS), max_size=40))
+def test_random_sequences(actions: list[str]) -> None:
+    with patched(pytest.MonkeyPatch()) as there:
+        routing = make_routing()
+        model = Model(there, routing)
+        for action in actions:
+            model.step(action)
+        while model.stack:
+            model.leave()
+        check_end(there, routing)
