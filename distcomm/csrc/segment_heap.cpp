@@ -53,6 +53,10 @@ void* SegmentHeap::alloc(size_t size, CudaStream stream) {
   if (!range && !capturing && deferring && settle()) range = take(size);
   const Lock lock(mutex_);
   ++counters_.allocations;
+  if (!range) {  // unless another thread has made room meanwhile
+    range = ranges_.take(size);
+    if (range) counters_.bytes_used += static_cast<int64_t>(size);
+  }
   if (!range && frozen_) return alloc_ordinary(size);
   if (!range && capturing) {
     ++counters_.failed_allocations;

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CaptureMismatchError, SymmetricMemoryError, SymmetricMismatchError
-from ..meeting import bring, meet
+from ..errors import CaptureMismatchError, SymmetricMismatchError
+from ..meeting import bring
 from ..objects import ObjectChannel
-from .windows import GroupWindows
+from .windows import GroupWindows, meet_members
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -148,19 +148,7 @@ class CaptureLog:
 
     def _meet(self, stage: str, report: Any) -> list[Any | None]:
         member = self._windows.member
-        try:
-            return meet(
-                self._store,
-                stage,
-                member.rank_in_group,
-                member.world_size,
-                report,
-                self._timeout_s,
-            )
-        except RuntimeError as error:
-            raise SymmetricMemoryError(
-                f"graph_capture: the job's store can't be reached: {error} [{member}]"
-            ) from error
+        return meet_members("graph_capture", self._store, stage, member, report, self._timeout_s)
 
     def _raise(self, problem: str, texts: Sequence[str], odd: Sequence[int]) -> None:
         member = self._windows.member

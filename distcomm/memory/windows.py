@@ -20,13 +20,25 @@ from .segment_heap import HeapLocation, Segment, SegmentHeap
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["GroupWindows"]
+__all__ = ["GroupWindows", "meet_members"]
 
 logger = logging.getLogger(__name__)
 
 _CALL = "registering symmetric memory"
 _LOOK_S = 1.0
 Report = dict[str, Any]
+
+
+def meet_members(
+    call: str, store: Store, key: str, member: GroupMember, report: Any, timeout_s: float
+) -> list[Any | None]:
+    """`meeting.meet` of a group's members; the error of a lost store names the call and group."""
+    try:
+        return meet(store, key, member.rank_in_group, member.world_size, report, timeout_s)
+    except RuntimeError as error:
+        raise SymmetricMemoryError(
+            f"{call}: the job's store can't be reached: {error} [{member}]"
+        ) from error
 
 
 class GroupWindows:
@@ -238,20 +250,8 @@ class GroupWindows:
         return present
 
     def _meet(self, stage: str, report: Any) -> list[Any | None]:
-        member = self.member
-        try:
-            return meet(
-                self._store,
-                f"{self._key}/{stage}",
-                member.rank_in_group,
-                member.world_size,
-                report,
-                self._timeout_s,
-            )
-        except RuntimeError as error:
-            raise SymmetricMemoryError(
-                f"{_CALL}: the job's store can't be reached: {error} [{member}]"
-            ) from error
+        key = f"{self._key}/{stage}"
+        return meet_members(_CALL, self._store, key, self.member, report, self._timeout_s)
 
     def _not_in_a_capture(self, segments: Sequence[Segment]) -> SymmetricMemoryError:
         missing = sum(segment.num_bytes for segment in segments)

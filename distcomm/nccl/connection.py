@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +21,7 @@ from ..native import NativeNccl, RaggedCollectives
 from ..objects import ObjectChannel
 from ..process_groups import member_of, process_group_store
 from ..waiting import run_bounded
+from .attempt import Attempt
 from .dtypes import REDUCTION_CODES
 from .library import NcclLibrary, UniqueId
 
@@ -266,7 +266,7 @@ class NcclConnection:
         # A rank whose ncclCommInitRank fails would leave the others waiting inside theirs, so it
         # raises an alarm in the store, at which they look while they wait.
         store, alarm = process_group_store(cpu_group), f"nccl_alarm/{unique_id.hex()}"
-        attempt = _Attempt(self.library)
+        attempt = Attempt(self.library)
 
         def look_for_alarm() -> None:
             if store.check([alarm]):
@@ -293,7 +293,7 @@ class NcclConnection:
             raise
         return attempt.comm
 
-    def _initializer(self, attempt: _Attempt, unique_id: UniqueId) -> Callable[[], None]:
+    def _initializer(self, attempt: Attempt, unique_id: UniqueId) -> Callable[[], None]:
         """The blocking part: makes the communicator and runs one all-reduce on the caller's stream.
 
         NCCL connects the ranks at their first collective. Done here, it can't fail or block
@@ -358,40 +358,6 @@ class NcclConnection:
 
     def _stream(self) -> int:
         return self._raw_stream(self._device_index)
-
-
-class _Attempt:
-    """A communicator that is being made in a thread, and is freed if nobody waits for it any more.
-
-    Attributes:
-        comm: the communicator; 0 until it is made.
-    """
-
-    def __init__(self, library: NcclLibrary) -> None:
-        self.comm = 0
-        self._library = library
-        self._given_up = False
-        self._lock = threading.Lock()
-
-    def made(self, comm: int) -> None:
-        """Called by the thread. Raises `_GivenUp`, and aborts `comm`, where it comes too late."""
-        with self._lock:
-            if not self._given_up:
-                self.comm = comm
-                return
-        self._library.ncclCommAbort(comm)
-        raise _GivenUp
-
-    def give_up(self) -> None:
-        """Aborts the communicator: now, which ends what the thread does with it, or once made."""
-        with self._lock:
-            self._given_up = True
-        if self.comm:
-            self._library.check("ncclCommAbort", self._library.ncclCommAbort(self.comm))
-
-
-class _GivenUp(Exception):  # noqa: N818 - a signal inside this module, not an error
-    """The communicator that a thread has made isn't wanted any more."""
 
 
 class _PeerFailed(Exception):  # noqa: N818 - a signal inside this module, not an error
