@@ -37,6 +37,7 @@ def fake_nccl_environment() -> dict[str, str | None]:
         "FAKE_NCCL_FAIL": None,
         "FAKE_NCCL_HANG": None,
         "FAKE_NCCL_MEMORY_BYTES": None,
+        "FAKE_NCCL_MEMORY_DESCENDS": None,
         "FAKE_NCCL_NULL_WINDOW": None,
         "FAKE_NCCL_VERSION": None,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +77,7 @@ class GroupWindows:
         self._key = ""  # of the meetings of the registration under way
         self._stuck = False
         self._lock = threading.Lock()  # one registration at a time
+        self._addresses: dict[int, int] = {}  # of the segments registered, by ordinal
         self._count_new = heap.counter_of_new(comm.handle)
         comm.on_close(self._forget)
 
@@ -136,7 +137,8 @@ class GroupWindows:
             All ranks' payloads.
 
         Raises:
-            SymmetricMismatchError: a rank didn't come in time, or NCCL failed on one.
+            SymmetricMismatchError: a rank didn't come in time, NCCL failed on one, or the ranks'
+                segments lie in different orders.
         """
         if self.unsupported is not None:
             return [payload]
@@ -145,6 +147,7 @@ class GroupWindows:
             common = set.intersection(*(_segment_set(report) for report in reports))
             others = [s.ordinal for s in segments if (s.ordinal, s.num_bytes) not in common]
             self._heap.pass_over(self.comm.handle, others)
+            self._check_order(reports, common)
             self._register([s for s in segments if s.ordinal not in others])
             return [report["payload"] for report in reports]
 
@@ -184,6 +187,7 @@ class GroupWindows:
     ) -> Report:
         return {
             "segments": [[segment.ordinal, segment.num_bytes] for segment in segments],
+            "order": self._order(segments),
             "failure": failure,
             "next": self._heap.next_ordinal(),
             "number": self._number,
@@ -200,6 +204,7 @@ class GroupWindows:
         present = self._level(reports)
         odd = _odd_ones(reports)
         if not odd:
+            self._check_order(present, _segment_set(present[0]))
             return
         common: set[tuple[int, int]] = set()
         if len(present) == len(reports):
@@ -207,6 +212,32 @@ class GroupWindows:
         self._give_up([s.ordinal for s in segments if (s.ordinal, s.num_bytes) not in common])
         texts = [self._described(report) for report in reports]
         raise self._mismatch("the ranks' new segments differ", texts, odd)
+
+    def _order(self, new: Sequence[Segment]) -> list[int]:
+        """The ordinals of the segments registered and of new ones, by rising address."""
+        addresses = {
+            ordinal: address
+            for ordinal, address in self._addresses.items()
+            if (place := self.find(address)) is not None and place.ordinal == ordinal
+        }
+        self._addresses = addresses
+        addresses = addresses | {segment.ordinal: segment.address for segment in new}
+        return sorted(addresses, key=addresses.__getitem__)
+
+    def _check_order(self, reports: Sequence[Report], new: Collection[tuple[int, int]]) -> None:
+        """Passes if all ranks have their segments in the same order.
+
+        torch chooses between free blocks of one size by address, so that ranks with another order
+        would put their tensors at different places.
+        """
+        common = set.intersection(*(set(report["order"]) for report in reports))
+        orders = [[each for each in report["order"] if each in common] for report in reports]
+        odd = _unusual(orders)
+        if odd:
+            self._give_up([ordinal for ordinal, _ in new])
+            texts = [f"segments by address: {', '.join(f'#{o}' for o in each)}" for each in orders]
+            problem = "the ranks' segments lie in different orders (reserve enough at the start)"
+            raise self._mismatch(problem, texts, odd)
 
     def _met(self, report: Report) -> list[Report]:
         """All ranks' reports, if all came."""
@@ -271,6 +302,7 @@ class GroupWindows:
         null_windows, failure = self._call_nccl(segments[-1].ordinal)
         report = {"failure": failure, "null": null_windows, "stuck": self._stuck}
         self._conclude(self._meet("after", report), segments)
+        self._addresses.update((segment.ordinal, segment.address) for segment in segments)
         expandable_segments_off.refresh()  # the pool has grown
         if self.unsupported is not None or self.comm.device.type != "cuda":
             return
@@ -366,10 +398,16 @@ def _segment_set(report: Report) -> set[tuple[int, int]]:
 
 def _odd_ones(reports: Sequence[Report | None]) -> list[int]:
     """Ranks that are absent, have failed, or have other segments than most of the rest."""
-    lists = [each["segments"] for each in reports if each is not None and each["failure"] is None]
-    usual = max(lists, key=lists.count, default=None)  # of equally frequent ones the first rank's
-    return [
-        index
-        for index, each in enumerate(reports)
-        if each is None or each["failure"] is not None or each["segments"] != usual
+    lists = [
+        None if each is None or each["failure"] is not None else each["segments"]
+        for each in reports
     ]
+    present = [each for each in lists if each is not None]
+    usual = max(present, key=present.count, default=None)
+    return [index for index, each in enumerate(lists) if each is None or each != usual]
+
+
+def _unusual(values: Sequence[Any]) -> list[int]:
+    """Which values are not the most frequent one; of equally frequent ones the first is right."""
+    usual = max(values, key=values.count)
+    return [index for index, value in enumerate(values) if value != usual]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -102,6 +103,54 @@ def test_without_new_segments_nothing_is_communicated(workers: WorkerPool):
 
 
 # The ranks differ
+
+
+def check_other_order(rank: HeapRank, odd: int, *, common: bool) -> None:
+    """A rank's second segment lies below its first one, that of the others above theirs."""
+    first = rank.alloc()
+    rank.windows.register_new()
+    before = num_calls(REGISTER)
+    descends = {"FAKE_NCCL_MEMORY_DESCENDS": "1"} if rank.rank == odd else {}
+    with with_environment(**descends):
+        second = rank.alloc(2 * CHUNK)
+    assert (second < first) == (rank.rank == odd)
+    error, _ = rank.mismatch(call=rank.register_common if common else None)
+    assert error.odd_ranks == [odd]
+    assert "lie in different orders (reserve enough at the start)" in str(error)
+    assert error.reports == {
+        each: f"segments by address: {'#1, #0' if each == odd else '#0, #1'}"
+        for each in range(rank.comm.world_size)
+    }
+    assert num_calls(REGISTER) == before
+    assert window_of(rank, first)
+    assert not window_of(rank, second)
+    assert rank.given_up == (1, 1)
+    expect_working(rank, num_windows=2)
+
+
+@pytest.mark.parametrize("common", [False, True])
+@pytest.mark.parametrize("odd", [1, 2])
+def test_segments_in_another_order_are_not_used(workers: WorkerPool, odd: int, common: bool):
+    run(workers, 3, partial(check_other_order, odd=odd, common=common))
+
+
+def check_order_of_the_living(rank: HeapRank) -> None:
+    """A segment that is gone is in nobody's way."""
+    descends = {"FAKE_NCCL_MEMORY_DESCENDS": "1"}
+    with with_environment(**(descends if rank.rank == 1 else {})):
+        first = rank.heap.alloc(CHUNK)
+    rank.windows.register_new()
+    assert rank.heap.free(first)
+    assert num_live_windows() == 0
+    with with_environment(**(descends if rank.rank == 0 else {})):
+        rank.alloc(CHUNK)
+    rank.windows.register_new()
+    assert rank.windows.num_windows == 1
+    expect_working(rank, num_windows=2)
+
+
+def test_the_order_is_that_of_the_segments_there_are(workers: WorkerPool):
+    run(workers, 2, check_order_of_the_living)
 
 
 def check_other_size(rank: HeapRank, odd: int) -> None:

@@ -18,6 +18,8 @@
 //   FAKE_NCCL_VERSION=22809                            the version to report.
 //   FAKE_NCCL_MEMORY_BYTES=67108864                    how much ncclMemAlloc gives to this process
 //       in all, counted as fake_nccl_live_bytes() counts.
+//   FAKE_NCCL_MEMORY_DESCENDS=1                        each allocation of this process lies below
+//       the one before, and not above it.
 //   FAKE_NCCL_NULL_WINDOW=ncclCommWindowRegister:rank=1  that call succeeds with a NULL window, as
 //       NCCL from 2.29.2 on does where windows are not supported. Rules as above.
 
@@ -721,18 +723,20 @@ size_t live_bytes() {
   return total;
 }
 
-// Address space that costs memory only where it is touched; null if there is none.
+// Address space that costs memory only where it is touched; null if there is none. Used once, in
+// an order that is the same in all processes. The caller holds g_mutex.
 char* map_granules(size_t num_bytes) {
-  const size_t mapped_bytes = num_bytes + kGranuleBytes;
-  void* const mapped = mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  constexpr uintptr_t kMiddle = uintptr_t{1} << 45;  // far from where Linux puts anything
+  static uintptr_t above = kMiddle, below = kMiddle;
+  const bool descends = std::getenv("FAKE_NCCL_MEMORY_DESCENDS") != nullptr;
+  if (num_bytes > kMiddle / 2) return nullptr;
+  const uintptr_t start = descends ? below - num_bytes : above;
+  void* const mapped =
+      mmap(reinterpret_cast<void*>(start), num_bytes, PROT_READ | PROT_WRITE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
   if (mapped == MAP_FAILED) return nullptr;
-  const size_t past = reinterpret_cast<uintptr_t>(mapped) % kGranuleBytes;
-  const size_t before = past == 0 ? 0 : kGranuleBytes - past;
-  char* const start = static_cast<char*>(mapped) + before;
-  if (before > 0) munmap(mapped, before);
-  munmap(start + num_bytes, kGranuleBytes - before);
-  return start;
+  (descends ? below : above) = descends ? start : start + num_bytes;
+  return static_cast<char*>(mapped);
 }
 
 char* allocate(size_t size) {
