@@ -283,7 +283,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 backend.all_gather_into_tensor(output, input)
-            return StreamHandle(stream, (output, input))
+            return self.stream_handle(stream, (output, input))
         if isinstance(backend, TorchPgBackend):
             work = backend.all_gather_into_tensor_async(output, input)
             return WorkHandle(work, call, self.member, (output, input))
@@ -369,6 +369,14 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
                 dist.monitored_barrier(
                     self.cpu_group, timedelta(seconds=self._job.timeout_s), wait_all_ranks=True
                 )
+
+    def stream_handle(
+        self, stream: torch.cuda.Stream, tensors: Sequence[torch.Tensor]
+    ) -> StreamHandle:
+        """The handle of a collective that was enqueued on `stream` and uses `tensors`."""
+        symmetric = [x for x in tensors if self.may_be_in_symmetric_pool(x)]
+        others = [x for x in tensors if not self.may_be_in_symmetric_pool(x)]
+        return StreamHandle(stream, others, symmetric)
 
     # ---- inside -----------------------------------------------------------------------------
 

@@ -113,6 +113,17 @@ class GroupMemory:
             )
         return pointers
 
+    def may_be_in_symmetric_pool(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` was allocated in the symmetric pool, whichever group has a window.
+
+        Of a pool that has overflowed into ordinary memory, any tensor may be. Local.
+        """
+        pool = self._job.symmetric_pool
+        if pool is None or not tensor.is_cuda:
+            return False
+        # Not the tensor's own address, which an empty slice of a buffer has none of.
+        return pool.contains(tensor.untyped_storage().data_ptr()) or pool.overflowed
+
     @contextmanager
     def graph_capture(
         self, stream: torch.cuda.Stream | None = None, *, symmetric: bool = False

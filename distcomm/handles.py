@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from .errors import GroupMember
 from .process_groups import collective_errors
 
 __all__ = ["AsyncHandle", "CompletedHandle", "StreamHandle", "WorkHandle"]
+
+logger = logging.getLogger(__name__)
 
 
 class AsyncHandle(Protocol):
@@ -27,24 +30,59 @@ class AsyncHandle(Protocol):
 class StreamHandle:
     """A collective enqueued on a CUDA stream: `wait()` makes the current stream wait for it.
 
-    The host doesn't block. Every stream that uses the result must wait on its own.
+    The host doesn't block. Every stream that uses the result must wait on its own. To be made by
+    the caller of the collective, with the caller's stream current.
+
+    Args:
+        stream: where the collective is.
+        tensors: that it uses.
+        symmetric: those of them that lie in symmetric memory.
     """
 
-    def __init__(self, stream: torch.cuda.Stream, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        stream: torch.cuda.Stream,
+        tensors: Sequence[torch.Tensor],
+        symmetric: Sequence[torch.Tensor] = (),
+    ) -> None:
         self._device = stream.device
         self._event = stream.record_event()
+        self._caller = torch.cuda.current_stream(self._device)
+        self._captured = torch.cuda.is_current_stream_capturing()
         self._tensors = tuple(tensors)
+        self._symmetric = tuple(symmetric)
         # Should the handle be dropped without a wait, the allocator still waits for the stream
-        # before it gives the tensors' memory to someone else.
+        # before it gives the tensors' memory to someone else. When it notices that the stream is
+        # done differs from rank to rank, so symmetric memory must not depend on that: there the
+        # caller's stream waits instead.
         for tensor in tensors:
             tensor.record_stream(stream)
 
     def wait(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._event)
-        self._tensors = ()
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._event)
+        if stream == self._caller:
+            self._tensors = self._symmetric = ()
+        else:
+            self._release()
 
     def is_completed(self) -> bool:
         return bool(self._event.query())
+
+    def __del__(self) -> None:
+        if hasattr(self, "_symmetric"):
+            self._release()
+
+    def _release(self) -> None:
+        """Lets go of the tensors; what the caller's stream does with their memory comes later."""
+        if self._symmetric:
+            with torch.cuda.stream(self._caller):
+                # An event from outside a capture can't be waited for in it, nor the reverse.
+                if torch.cuda.is_current_stream_capturing() == self._captured:
+                    self._caller.wait_event(self._event)
+                else:
+                    logger.warning("a handle was dropped on the other side of a capture")
+        self._tensors = self._symmetric = ()
 
 
 class WorkHandle:

@@ -208,6 +208,15 @@ class SymmetricPool:
         if windows in self._groups:
             self._groups.remove(windows)
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether the pool, frozen, has given out ordinary memory."""
+        return self.frozen and self.heap.num_ordinary() > self._at_start["ordinary_allocations"]
+
+    def contains(self, address: int) -> bool:
+        """Whether an address lies in a segment, whoever has a window of it."""
+        return self.heap.find(0, address) is not None
+
     def out_of_memory(self, what: str, failure: AllocationFailure) -> SymmetricOutOfMemoryError:
         """The error for a failed allocation."""
         return SymmetricOutOfMemoryError(f"{what} on {self.device}", failure, self.heap.stats())

@@ -74,6 +74,28 @@ def keep_tensors_alive(rank: int, world: int, method: str) -> None:
         assert all((tensor == -3.0).all() for tensor in fillers + wide)
 
 
+def keep_symmetric_tensors_alive(rank: int, world: int, method: str) -> None:
+    """As before, but their memory is free for what the caller's stream does next, at once and on
+    all ranks alike: it comes after the gather."""
+    with start(rank, world, method, cp=world, symmetric_reserve="64MiB") as state:
+        side = torch.cuda.Stream()
+        for trial in range(20):
+            torch.cuda.synchronize()
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(DELAY_CYCLES if rank == trial % world else 0)
+            with state.cp.symmetric_memory():
+                x = torch.full((N,), float(rank + 1), device=state.device)
+                output = torch.empty(world, N, device=state.device)
+            places = x.data_ptr(), output.data_ptr()  # neighbours, which become one when free
+            handle = state.cp.cp_all_gather_into_tensor_async(output, x, side)
+            del x, output, handle
+            with state.cp.symmetric_memory():
+                wide = torch.full((world, N), -3.0, device=state.device)
+            assert wide.data_ptr() in places
+            torch.cuda.synchronize()
+            assert (wide == -3.0).all()
+
+
 def two_groups_at_once(rank: int, world: int, method: str) -> None:
     with start(rank, world, method, cp=world) as state:
         pair = state.create_group("reversed", list(reversed(range(world))))
@@ -98,6 +120,10 @@ def test_async_gather_is_ordered_on_both_sides(gpus: WorkerPool, world: int) -> 
 
 def test_async_gather_keeps_its_tensors(gpus: WorkerPool, world: int) -> None:
     gpus.run(keep_tensors_alive, fresh_init_method(), ranks=world)
+
+
+def test_async_gather_of_symmetric_tensors(gpus: WorkerPool, world: int) -> None:
+    gpus.run(keep_symmetric_tensors_alive, fresh_init_method(), ranks=world)
 
 
 def test_two_groups_on_two_streams(gpus: WorkerPool, world: int) -> None:
