@@ -69,6 +69,8 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "distcomm_heap_close": (None, [_HEAP]),
     "distcomm_heap_alloc": (c_void_p, [_HEAP, c_size_t, c_void_p]),
     "distcomm_heap_free": (c_int, [_HEAP, c_void_p, c_void_p]),
+    "distcomm_heap_borrow": (c_void_p, [_HEAP, c_size_t]),
+    "distcomm_heap_give_back_borrowed": (None, [_HEAP, c_void_p]),
     "distcomm_heap_take_failure": (None, [_HEAP, c_void_p]),
     "distcomm_heap_reserve": (c_int, [_HEAP, c_size_t]),
     "distcomm_heap_settle": (c_int, [_HEAP]),

@@ -86,6 +86,14 @@ DISTCOMM_EXPORT int distcomm_heap_free(SegmentHeap* heap, void* pointer, CudaStr
   return heap->free(pointer, stream);
 }
 
+DISTCOMM_EXPORT void* distcomm_heap_borrow(SegmentHeap* heap, size_t size) {
+  return heap->borrow(size);
+}
+
+DISTCOMM_EXPORT void distcomm_heap_give_back_borrowed(SegmentHeap* heap, void* pointer) {
+  heap->give_back_borrowed(pointer);
+}
+
 DISTCOMM_EXPORT void distcomm_heap_take_failure(SegmentHeap* heap, AllocationFailure* failure) {
   *failure = heap->take_failure();
 }

@@ -39,8 +39,12 @@ class RelaxedCapture {
 }  // namespace
 
 SegmentHeap::SegmentHeap(const NcclSymbols& nccl, const CudaDriver& driver, int device,
-                         size_t chunk_bytes)
-    : nccl_(nccl), driver_(driver), device_(device), chunk_bytes_(rounded_up(chunk_bytes)) {}
+                         size_t chunk_bytes, size_t num_tries)
+    : nccl_(nccl),
+      driver_(driver),
+      device_(device),
+      chunk_bytes_(rounded_up(chunk_bytes)),
+      num_tries_(num_tries) {}
 
 void* SegmentHeap::alloc(size_t size, CudaStream stream) {
   // Asked before the lock is taken: the driver has locks of its own.
@@ -123,6 +127,20 @@ std::optional<Range> SegmentHeap::take(size_t size) {
   const std::optional<Range> range = ranges_.take(size);
   if (range) counters_.bytes_used += static_cast<int64_t>(size);
   return range;
+}
+
+void* SegmentHeap::borrow(size_t size) {
+  const Lock lock(mutex_);
+  const std::optional<Range> range = ranges_.take(std::max(rounded_up(size), kAlignment));
+  return range ? segments_.at(range->ordinal).base + range->offset : nullptr;
+}
+
+void SegmentHeap::give_back_borrowed(void* pointer) {
+  const Lock lock(mutex_);
+  const std::optional<int64_t> ordinal = ordinal_at(pointer);
+  if (!ordinal) return;
+  ranges_.give_back(*ordinal, static_cast<const char*>(pointer) - segments_.at(*ordinal).base);
+  release_if_empty(*ordinal);
 }
 
 AllocationFailure SegmentHeap::take_failure() {
@@ -218,8 +236,33 @@ void* SegmentHeap::nccl_alloc(size_t size) {
   return nullptr;
 }
 
+// Above all that there is, so that memory is in the order of its making on every rank: torch
+// chooses between free blocks of one size by their addresses. What NCCL puts into a gap below is
+// held back while it is asked again; if that is of no use, the latest is taken after all.
+void* SegmentHeap::alloc_above(size_t size) {
+  const void* top = by_base_.empty() ? nullptr : by_base_.rbegin()->first;
+  if (!ordinary_.empty()) top = std::max<const void*>(top, ordinary_.rbegin()->first);
+  void* memory = nccl_alloc(size);
+  std::vector<void*> below;
+  while (memory != nullptr && memory < top && below.size() < num_tries_) {
+    below.push_back(memory);
+    memory = nullptr;
+    if (nccl_.mem_alloc(&memory, size) != kNcclSuccess) memory = nullptr;
+  }
+  if (below.empty()) return memory;
+  if (memory == nullptr) {
+    memory = below.back();
+    below.pop_back();
+  }
+  counters_.out_of_order += memory < top;
+  for (void* const unused : below) {
+    if (nccl_.mem_free(unused) != kNcclSuccess) ++counters_.failed_releases;
+  }
+  return memory;
+}
+
 bool SegmentHeap::make_segment(size_t size, SegmentKind kind) {
-  char* const base = static_cast<char*>(nccl_alloc(size));
+  char* const base = static_cast<char*>(alloc_above(size));
   if (base == nullptr) return false;
   const int64_t ordinal = next_ordinal_++;
   ++counters_.segments_made;
@@ -231,7 +274,7 @@ bool SegmentHeap::make_segment(size_t size, SegmentKind kind) {
 
 void* SegmentHeap::alloc_ordinary(size_t size) {
   const RelaxedCapture relaxed(driver_);
-  void* const memory = nccl_alloc(size);
+  void* const memory = alloc_above(size);
   if (memory == nullptr) return nullptr;
   ordinary_[memory] = size;
   counters_.ordinary_bytes += static_cast<int64_t>(size);

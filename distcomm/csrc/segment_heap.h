@@ -70,14 +70,17 @@ struct HeapStats {
   int64_t registrations;
   int64_t failed_releases;
   int64_t unknown_frees;
+  int64_t out_of_order;  // memory that lies below older memory, see alloc_above()
 };
 
 // Every method is thread-safe. Nothing but register_new() waits for other ranks, and that one
 // holds no lock meanwhile.
 class SegmentHeap {
  public:
-  // `nccl` must have the functions for memory and windows, and outlive the heap.
-  SegmentHeap(const NcclSymbols& nccl, const CudaDriver& driver, int device, size_t chunk_bytes);
+  // `nccl` must have the functions for memory and windows, and outlive the heap. `num_tries`: how
+  // often memory that lies below older memory is put back for another try.
+  SegmentHeap(const NcclSymbols& nccl, const CudaDriver& driver, int device, size_t chunk_bytes,
+              size_t num_tries = 4);
 
   int device() const { return device_; }
 
@@ -91,6 +94,10 @@ class SegmentHeap {
   // settle(), or until an allocation finds no room without it. So torch, which may hold Python's
   // lock, never waits for the device.
   void defer_frees(bool deferred);
+  // A range for a moment: NULL if none is free, and `give_back_borrowed` returns it at once. Neither
+  // changes what later allocations get, whichever ranks do it.
+  void* borrow(size_t size);
+  void give_back_borrowed(void* pointer);
   // Why this thread's latest allocation or registration failed; cleared by asking.
   AllocationFailure take_failure();
   // Gives back what is pending; false if nothing is, or the device can't be waited for. What
@@ -164,6 +171,7 @@ class SegmentHeap {
 
   // All of these need the lock.
   void* nccl_alloc(size_t size);
+  void* alloc_above(size_t size);
   bool make_segment(size_t size, SegmentKind kind);
   void* alloc_ordinary(size_t size);
   bool free_ordinary(void* pointer);
@@ -184,6 +192,7 @@ class SegmentHeap {
   const CudaDriver& driver_;
   const int device_;
   const size_t chunk_bytes_;
+  const size_t num_tries_;
 
   std::mutex mutex_;  // guards all below
   bool frozen_ = false;
@@ -193,7 +202,7 @@ class SegmentHeap {
   RangeAllocator ranges_;
   std::map<int64_t, Segment> segments_;
   std::map<const char*, int64_t> by_base_;
-  std::unordered_map<void*, size_t> ordinary_;  // made while frozen
+  std::map<void*, size_t> ordinary_;            // made while frozen
   std::vector<void*> pending_;                  // freed, but not waited for yet
   std::unordered_map<NcclComm, std::shared_ptr<Comm>> comms_;
   HeapStats counters_{};

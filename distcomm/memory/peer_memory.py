@@ -167,12 +167,12 @@ class PeerMemory:
 
     def _probe(self) -> None:
         """Fills `reachable`, or raises `_ProbeFailed`, on all ranks alike."""
-        area = self._heap.alloc(self._comm.world_size * _SLOT_BYTES)
+        area = self._heap.borrow(self._comm.world_size * _SLOT_BYTES)
         try:
             place, reports = self._prepared(area)
         except _ProbeFailed:
             if area:
-                self._heap.free(area)
+                self._heap.give_back_borrowed(area)
             raise
         # From here on, a probe that fails leaves its area behind: a peer may still write there.
         reached = {}
@@ -185,7 +185,7 @@ class PeerMemory:
         writers = self._written(reached)
         self._verify_arrival(area, writers)
         self.reachable = tuple(sorted(reached))
-        self._heap.free(area)
+        self._heap.give_back_borrowed(area)
 
     def _prepared(self, area: int) -> tuple[HeapLocation, list[Any]]:
         """Clears the probe area; where it is, and all ranks' reports of theirs."""
@@ -246,8 +246,7 @@ class PeerMemory:
         """Copies (to, from, bytes), within the timeout."""
         device = self._comm.device
         copy = self._comm.native.functions.distcomm_copy_async
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        stream = torch.cuda.current_stream(device)
         for to, source, num_bytes in copies:
             code = copy(to, source, num_bytes, stream.cuda_stream)
             if code:

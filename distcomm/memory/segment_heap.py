@@ -107,6 +107,7 @@ _STATS = (
     "registrations",
     "failed_releases",
     "unknown_frees",
+    "out_of_order",
 )
 
 
@@ -174,6 +175,14 @@ class SegmentHeap:
         While frees are deferred it doesn't wait, and the memory stays pending.
         """
         return bool(self._native.distcomm_heap_free(self.handle, address, stream))
+
+    def borrow(self, num_bytes: int) -> int:
+        """The address of a range for a moment; 0 if none is free. Makes no room for it."""
+        return self._native.distcomm_heap_borrow(self.handle, num_bytes) or 0
+
+    def give_back_borrowed(self, address: int) -> None:
+        """Returns it at once: nothing uses it any more. Then all is as if it hadn't been."""
+        self._native.distcomm_heap_give_back_borrowed(self.handle, address)
 
     def take_failure(self) -> AllocationFailure | None:
         """Why this thread's latest allocation or registration failed; None from then on."""

@@ -72,7 +72,7 @@ class SymmetricMemoryContext:
             if failure is not None:  # else it is ordinary memory that has run out
                 self._out_of_memory(failure, exc)
         if pool.frozen:
-            pool.note_overflow()
+            pool.warn_if_overflowed()
         elif isinstance(exc, Exception | None):
             windows.register_new()
 

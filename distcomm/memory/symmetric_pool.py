@@ -90,7 +90,7 @@ class SymmetricPool:
         self.routing = PoolRouting(nccl, device)
         self._groups: list[GroupWindows] = []
         self.frozen = False
-        self._num_ordinary = self._at_start["ordinary_allocations"]
+        self._warned_frozen = False
         self._closed = False
 
     # ---- for users --------------------------------------------------------------------------
@@ -221,22 +221,14 @@ class SymmetricPool:
         """The error for a failed allocation."""
         return SymmetricOutOfMemoryError(f"{what} on {self.device}", failure, self.heap.stats())
 
-    def note_overflow(self) -> None:
-        """To be called after allocations while frozen, some of which may be ordinary memory.
-
-        Where they are, later ones come from new pools: torch chooses between free blocks of one
-        size by address, and ordinary memory lies elsewhere on every rank.
-        """
-        num_ordinary = self.heap.num_ordinary()
-        if num_ordinary == self._num_ordinary:
-            return
-        if self._num_ordinary == self._at_start["ordinary_allocations"]:
+    def warn_if_overflowed(self) -> None:
+        """Logs once that the pool, frozen, has given out ordinary memory."""
+        if not self._warned_frozen and self.overflowed:
+            self._warned_frozen = True
             logger.warning(
                 "the frozen symmetric pool is full: further tensors are ordinary memory (%s)",
                 self.device,
             )
-        self._num_ordinary = num_ordinary
-        self.routing.renew()
 
     def close(self) -> None:
         """Gives back all memory that no tensor uses; the rest follows when its tensors go.

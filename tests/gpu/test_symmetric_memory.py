@@ -231,14 +231,14 @@ def frozen(rank: int, world: int, method: str) -> None:
         assert (num_segments(state), num_registrations(state)) == counts
         assert sum(pool.stats()["fallbacks"].values()) == 1
         assert pool.stats()["ordinary_bytes"] == 256 * MIB
-        del late, tensor  # what comes after an overflow takes nothing of what was before
+        assert pool.stats()["out_of_order"] == 0
+        del late, tensor
         with tp.symmetric_memory():
             again = torch.full((64 * MIB,), 1.0, device=device)
             small = torch.full((MIB,), rank + 1.0, device=device)
         assert not tp.is_symmetric(again)
         assert tp.is_symmetric(small)
         assert (tp.all_reduce(small, out=small) == world * (world + 1) / 2).all()
-        assert sum(pool.stats()["fallbacks"].values()) == 2
         assert (num_segments(state), num_registrations(state)) == counts
         with pytest.raises(RuntimeError, match="frozen"):
             pool.reserve(1)

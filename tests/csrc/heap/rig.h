@@ -29,9 +29,9 @@ inline constexpr int64_t kNone = -1;
 
 // A heap, and the fake it calls.
 struct Rig {
-  explicit Rig(size_t chunk = kChunk, bool downwards = false)
+  explicit Rig(size_t chunk = kChunk, bool downwards = false, size_t num_tries = 0)
       : fake(downwards), symbols(Fake::symbols()), driver(Fake::driver()),
-        heap(symbols, driver, fake::kDevice, chunk) {}
+        heap(symbols, driver, fake::kDevice, chunk, num_tries) {}
   ~Rig() { check_violations(); }
 
   char* alloc(size_t size, CudaStream stream = kPlainStream) {
