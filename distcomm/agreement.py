@@ -13,7 +13,7 @@ from .communicators import JobContext
 from .devices import CudaProbe, agreed_device_type, check_device, probe_cuda
 from .errors import InitializationError
 from .layout import ParallelLayout
-from .memory import SymmetricPool, parse_num_bytes
+from .memory import AllocatorSettings, SymmetricPool, block_settings, parse_num_bytes
 from .nccl import KnownIssues
 from .rendezvous import Launch, check_in, open_store
 
@@ -60,6 +60,8 @@ class Wish:
             "symmetric_reserve": repr(self.symmetric_reserve),
             "ignore_known_issues": repr(sorted(map(str, self.ignore_known_issues))),
             "verify_symmetric": repr(self.verify_symmetric),
+            # Ranks that cut their memory differently would place symmetric tensors differently.
+            "torch's allocator settings": block_settings(AllocatorSettings().current()),
         }
 
     def reserved_bytes(self, gpu_memory: int) -> int:

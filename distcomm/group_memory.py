@@ -140,7 +140,8 @@ class GroupMemory:
         Args:
             stream: the stream to capture; by default a new one.
             symmetric: gives the graphs a memory pool of their own (``c.pool``) in symmetric
-                memory, which returns when they die. Graphs captured with one pool share memory:
+                memory, which returns at the next `graph_capture` of a group of all ranks, or of
+                the state, after they have died. Graphs captured with one pool share memory:
                 replay them one after another. Where there is no symmetric memory, ordinary.
 
         Raises:
@@ -154,9 +155,12 @@ class GroupMemory:
         self.count_capture()
         if symmetric and (windows is None or pool is None):
             self._inactive[self._why_inactive(True)] += 1
-        if windows is not None and pool is not None and not pool.frozen:
-            windows.count_common()
-            windows.register_common()
+        if windows is not None and pool is not None:
+            if self.member.world_size == len(self._job.hosts):
+                pool.settle(self.member.world_size)
+            elif not pool.frozen:
+                windows.count_common()
+                windows.register_common()
         with capture_stream(self._job, stream, symmetric) as capture, self.capturing():
             yield capture
 
@@ -220,13 +224,12 @@ def capture_stream(
         )
     stream = torch.cuda.Stream(job.device) if stream is None else stream
     pool = job.symmetric_pool if symmetric else None
-    # Held here: once a capture has begun with it, the graph keeps it.
-    graph_pool = None if pool is None else pool.routing.graph_pool()
+    number, graph_pool = (0, None) if pool is None else pool.routing.open_graph_pool()
     current = torch.cuda.current_stream(job.device)
     stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream), expandable_segments_off if pool else nullcontext():
-            yield GraphCapture(stream, None if graph_pool is None else graph_pool.id)
+            yield GraphCapture(stream, graph_pool)
     except torch.OutOfMemoryError as error:
         failure = None if pool is None else pool.heap.take_failure()
         if pool is not None and failure is not None:
@@ -236,5 +239,5 @@ def capture_stream(
         # A capture that was broken off may have left the stream unusable.
         with suppress(RuntimeError):
             current.wait_stream(stream)
-        if pool is not None and graph_pool is not None:
-            pool.routing.retire(graph_pool)
+        if pool is not None:
+            pool.routing.close_graph_pool(number)

@@ -1,6 +1,6 @@
 """Memory that every rank has at the same place: segments, windows, pools."""
 
-from .alloc_conf import expandable_segments_off
+from .alloc_conf import AllocatorSettings, block_settings, expandable_segments_off
 from .placement import CaptureLog, placement_check
 from .segment_heap import next_ordinal_of_device
 from .symmetric_context import (
@@ -13,6 +13,7 @@ from .symmetric_pool import SymmetricOutOfMemoryError, SymmetricPool, parse_num_
 from .windows import GroupWindows
 
 __all__ = [
+    "AllocatorSettings",
     "CaptureLog",
     "GroupWindows",
     "InactiveContext",
@@ -21,6 +22,7 @@ __all__ = [
     "SymmetricMemoryContext",
     "SymmetricOutOfMemoryError",
     "SymmetricPool",
+    "block_settings",
     "expandable_segments_off",
     "next_ordinal_of_device",
     "parse_num_bytes",

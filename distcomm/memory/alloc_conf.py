@@ -27,6 +27,7 @@ from ..errors import DistcommError
 __all__ = [
     "AllocatorSettings",
     "ExpandableSegmentsGuard",
+    "block_settings",
     "expandable_segments_in",
     "expandable_segments_off",
     "without_expandable_segments",
@@ -77,6 +78,12 @@ def expandable_segments_in(settings: str) -> bool:
 def without_expandable_segments(settings: str) -> str:
     """The same options in the same order, with `expandable_segments:False`."""
     return _with_value(settings, False)
+
+
+def block_settings(settings: str) -> str:
+    """What of the text decides how torch cuts memory into blocks, in any order."""
+    options = (_key_and_value(option) for option in _split_options(settings))
+    return ",".join(sorted(f"{key}:{value}" for key, value in options if key != _OPTION))
 
 
 class AllocatorSettings:

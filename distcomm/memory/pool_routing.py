@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,11 @@ __all__ = ["PoolRouting"]
 _begin_in_thread = torch._C._cuda_beginAllocateCurrentThreadToPool
 _end_in_thread = torch._C._cuda_endAllocateToPool
 _release = torch._C._cuda_releasePool
+# Not in builds without CUDA.
+_empty_cache: Callable[[], None] = getattr(torch._C, "_cuda_emptyCache", lambda: None)
+_has_no_tensors = getattr(torch._C, "_cuda_checkPoolLiveAllocations", None)
+
+_OWN_USES = 2  # a pool's MemPool's, and one more
 
 
 @functools.cache
@@ -35,17 +40,27 @@ class _Pool:
     """One of torch's pools over the heap. Nothing that it refers to may refer to it: its memory
     has to go when its last user does, at the same point on every rank, not at a collection.
 
+    It has one use of its own besides the MemPool's. torch empties a pool whose MemPool goes with
+    its last use, and ends the process if any pool is begun or any capture is under way then, be it
+    somebody else's, or one that has failed. So the MemPool goes first, and then that use.
+
     Attributes:
         id: torch's.
         generation: the routing's when this one was made; an older one isn't used again.
+        mem_pool: torch's object; None once the pool has been dropped.
     """
 
     __slots__ = ("generation", "id", "mem_pool")
 
     def __init__(self, mem_pool: torch.cuda.MemPool, generation: int) -> None:
-        self.mem_pool = mem_pool
+        self.mem_pool: torch.cuda.MemPool | None = mem_pool
         self.id = mem_pool.id
         self.generation = generation
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether no thread is in it, and no graph has it."""
+        return self.mem_pool is None or self.mem_pool.use_count() <= _OWN_USES
 
 
 class _Frame(NamedTuple):
@@ -62,16 +77,35 @@ class _Frame(NamedTuple):
     capture_id: int
 
 
-class _Capture(NamedTuple):
-    """A CUDA graph that allocated in a context: its number in this process, and its pool."""
+class _Captured:
+    """A pool that CUDA graphs use.
 
-    number: int
-    pool: _Pool
+    Attributes:
+        capture_id: CUDA's, of the capture in which contexts have allocated from it; 0 for a pool
+            that graphs were captured with as their own.
+        ended: whether the graphs are gone.
+    """
+
+    __slots__ = ("capture_id", "ended", "is_open", "pool")
+
+    def __init__(self, pool: _Pool, capture_id: int) -> None:
+        self.pool = pool
+        self.capture_id = capture_id
+        self.is_open = capture_id == 0  # graphs may still be captured with it
+        self.ended = False
 
 
 class _ThreadState(threading.local):
+    """One thread's.
+
+    Attributes:
+        frames: what it has entered and not left.
+        idle: its outermost entry, to be used again.
+    """
+
     def __init__(self) -> None:
         self.frames: list[_Frame] = []
+        self.idle: _Frame | None = None
 
 
 class PoolRouting:
@@ -87,15 +121,14 @@ class PoolRouting:
         self._device_index = device.index
         self._watch = CaptureWatch(nccl)
         self._allocator = _torch_allocator(str(nccl.path))
-        self._idle: dict[int, _Frame] = {}  # by thread: its outermost entry, to be used again
-        self._retired: list[_Pool] = []  # to be dropped once nothing is begun
-        self._num_begun = 0
-        self._lock = threading.Lock()  # guards the count
-        self._captures: dict[int, _Capture] = {}  # by CUDA's id
-        self._num_captures = 0
-        self._ended: set[int] = set()
-        self._generation = 0
         self._threads = _ThreadState()
+        self._generation = 0
+        self._eager: list[_Pool] = []  # of all threads, of this generation
+        self._orphans: list[_Pool] = []  # those of them whose threads are gone
+        self._lingering: list[_Pool] = []  # to be dropped once nothing lies in them
+        self._captured: dict[int, _Captured] = {}  # by number, counted in this process
+        self._num_captured = 0
+        self._never_used: _Pool | None = None
         self._closed = False
 
     def enter(self) -> None:
@@ -137,63 +170,90 @@ class PoolRouting:
             return
         for pool in frame.begun:
             self._end(pool)
-        if frame.begun and frame.capture_id == 0:
-            if frame.pool.generation == self._generation and not self._closed:
-                self._idle[threading.get_ident()] = frame
-            else:
-                self._retired.append(frame.pool)
-        if self._retired:
-            self._drop_retired()
+        if frame.begun and frame.capture_id == 0 and frame.pool.generation == self._generation:
+            self._threads.idle = frame
+        if self._closed:
+            self._empty_unused()
+        elif self._lingering and not frames:
+            self.drop_empty()
 
-    def graph_pool(self) -> _Pool:
-        """A new pool for one CUDA graph, or for several that may share memory; to be retired.
+    def open_graph_pool(self) -> tuple[int, tuple[int, int]]:
+        """A new pool for CUDA graphs that may share memory: its number here, and torch's id.
 
-        Once torch's capture has begun with its id, the graph keeps the memory, and gives it back
-        when it dies.
+        To be closed once no more graphs are captured with it. Its memory goes as that of
+        captures does, by `drop_captured`, when the graphs are gone.
         """
-        return self._new_pool()
+        self._refuse_if_closed()
+        self._num_captured += 1
+        pool = self._new_pool()
+        self._captured[self._num_captured] = _Captured(pool, 0)
+        return self._num_captured, pool.id
 
-    def retire(self, pool: _Pool) -> None:
-        """Drops a pool, now or once it is safe.
-
-        torch ends the process when a pool goes while any thread allocates from another one.
-        """
-        self._retired.append(pool)
-        self._drop_retired()
+    def close_graph_pool(self, number: int) -> None:
+        """From now on the end of the graphs that there are is the end of the pool."""
+        if number in self._captured:
+            self._captured[number].is_open = False
 
     def num_captures(self) -> int:
-        """How many captured graphs that allocated in a context are alive."""
-        self._note_ended()
-        return len(self._captures) - len(self._ended)
+        """How many pools of captured graphs there are whose graphs live."""
+        return len(self.captured()[0])
 
-    def ended_captures(self) -> list[int]:
-        """The captures whose graphs are gone, numbered as this process has made them."""
-        self._note_ended()
-        return sorted(self._ended)
+    def captured(self) -> tuple[list[int], int]:
+        """The numbers of captures whose graphs live, and how many captures were numbered."""
+        ended = set(self._watch_ended())
+        for capture in self._captured.values():
+            if capture.capture_id:
+                capture.ended |= capture.capture_id in ended
+            else:
+                capture.ended = not capture.is_open and capture.pool.is_unused
+        alive = [number for number, each in self._captured.items() if not each.ended]
+        return sorted(alive), self._num_captured
 
-    def drop_captures(self, numbers: Collection[int]) -> None:
-        """Gives back what ended captures have used.
+    def drop_captured(self, alive: Collection[int], num_captured: int) -> None:
+        """Gives back what captures have used whose graphs are gone on all ranks.
 
-        To be called by all ranks at the same point, with the same numbers: a graph's end is
+        To be called by all ranks at the same point, with the same arguments: a graph's end is
         noticed at different times, and what is free decides where the next tensor lies.
+
+        Args:
+            alive: the numbers of captures whose graphs live on any rank.
+            num_captured: the most that any rank has numbered, where all go on from.
         """
-        for capture_id, capture in list(self._captures.items()):
-            if capture.number in numbers and capture.number in self._ended:
-                del self._captures[capture_id]
-                self._ended.remove(capture.number)
-                self.retire(capture.pool)
+        self._num_captured = max(self._num_captured, num_captured)
+        for number, capture in list(self._captured.items()):
+            if capture.ended and number not in alive:
+                del self._captured[number]
+                self._lingering.append(capture.pool)
+        self.drop_empty()
 
     def renew(self) -> None:
-        """Later allocations come from new pools; the old ones' memory goes as its tensors go."""
+        """Later allocations come from new pools; the old ones' memory goes as its tensors go.
+
+        Also in the contexts that this thread is in; another thread's goes on until it is left.
+        """
         self._generation += 1
-        self._retire_idle()
+        self._lingering += self._eager
+        self._eager, self._orphans = [], []
+        self._threads.idle = None
+        self._replace_in_frames()
+
+    def drop_empty(self) -> None:
+        """Drops the pools that are to go, of those that nothing lies in any more."""
+        if self._capture_id():
+            return
+        empty = [pool for pool in self._lingering if pool.is_unused and self._is_empty(pool)]
+        self._lingering = [pool for pool in self._lingering if pool not in empty]
+        self._drop(empty)
 
     def close(self) -> None:
         """Drops all pools; `enter` raises from now on. Idempotent."""
         self._closed = True
-        self._retired += [capture.pool for capture in self._captures.values()]
-        self._captures.clear()
-        self._retire_idle()
+        captured = [capture.pool for capture in self._captured.values()]
+        pools = [*self._eager, *self._lingering, *captured]
+        self._eager, self._orphans, self._lingering = [], [], []
+        self._captured.clear()
+        self._threads.idle = None
+        self._drop(pools)
 
     # ---- inside -----------------------------------------------------------------------------
 
@@ -216,40 +276,88 @@ class PoolRouting:
         return self._idle_frame().begun[0]
 
     def _idle_frame(self) -> _Frame:
-        frame = self._idle.pop(threading.get_ident(), None)
-        if frame is None:
-            pool = self._new_pool()
+        frame = self._threads.idle
+        self._threads.idle = None
+        if frame is None or frame.begun[0].generation != self._generation:
+            self._refuse_if_closed()
+            pool = self._orphans.pop() if self._orphans else self._new_pool()
+            if pool not in self._eager:
+                self._eager.append(pool)
             frame = _Frame(pool, (pool,), 0)
+            # Whoever comes after this thread goes on with its pool.
+            self._threads.end = _AtEnd(self._orphans, pool)
         return frame
 
-    def _retire_idle(self) -> None:
-        self._retired += [frame.begun[0] for frame in self._idle.values()]
-        self._idle.clear()
-        self._drop_retired()
+    def _replace_in_frames(self) -> None:
+        """This thread's frames outside of captures go on with a new pool."""
+        frames = self._threads.frames
+        old = next((f.pool for f in frames if f.pool is not None and f.capture_id == 0), None)
+        if old is None or self._capture_id():
+            return
+        is_begun = frames[-1].pool is not None
+        if is_begun:
+            self._end(old)
+        new = self._idle_frame().begun[0]
+        for index, frame in enumerate(frames):
+            begun = tuple(new if pool is old else pool for pool in frame.begun)
+            frames[index] = _Frame(new if frame.pool is old else frame.pool, begun, 0)
+        if is_begun:
+            self._begin(new)
 
-    def _drop_retired(self) -> None:
-        if self._num_begun == 0 and not self._capture_id():
-            self._retired.clear()
+    def _drop(self, pools: Sequence[_Pool]) -> None:
+        """Ends pools, and gives back what doesn't belong to live tensors or graphs."""
+        for pool in pools:
+            pool.mem_pool = None
+            _release(self._device_index, pool.id)
+        if pools:
+            self._empty_unused()
+
+    def _empty_unused(self) -> None:
+        """Gives back what lies in pools that have no use any more."""
+        with torch.cuda.device(self._device):
+            if self._never_used is None:
+                self._never_used = self._new_pool()
+            # While a pool is begun, torch leaves its cache of ordinary memory alone.
+            _begin_in_thread(self._device_index, self._never_used.id)
+            try:
+                _empty_cache()
+            finally:
+                _end_in_thread(self._device_index, self._never_used.id)
+                _release(self._device_index, self._never_used.id)
+
+    def _is_empty(self, pool: _Pool) -> bool:
+        """Whether no tensor lies in it. Otherwise torch would give back the rest of it at some
+        later time, which differs between ranks."""
+        return _has_no_tensors is None or bool(_has_no_tensors(self._device_index, pool.id, set()))
 
     def _pool_of_capture(self, capture_id: int) -> _Pool:
-        capture = self._captures.get(capture_id)
-        if capture is None:
-            self._watch.watch(torch._C._cuda_getCurrentRawStream(self._device_index))
-            self._num_captures += 1
-            capture = self._captures[capture_id] = _Capture(self._num_captures, self._new_pool())
-        return capture.pool
+        for capture in self._captured.values():
+            if capture.capture_id == capture_id:
+                return capture.pool
+        self._refuse_if_closed()
+        self._watch.watch(torch._C._cuda_getCurrentRawStream(self._device_index))
+        self._num_captured += 1
+        pool = self._new_pool()
+        self._captured[self._num_captured] = _Captured(pool, capture_id)
+        return pool
 
-    def _note_ended(self) -> None:
-        while ended := self._watch.take_ended():
-            known = [self._captures[each] for each in ended if each in self._captures]
-            self._ended.update(capture.number for capture in known)
+    def _watch_ended(self) -> list[int]:
+        ended: list[int] = []
+        while taken := self._watch.take_ended():
+            ended += taken
+        return ended
 
-    def _new_pool(self) -> _Pool:
+    def _refuse_if_closed(self) -> None:
         if self._closed:
             raise DistcommError(f"symmetric memory: the pool is closed ({self._device})")
+
+    def _new_pool(self) -> _Pool:
         expandable_segments_off.refresh()
         with torch.cuda.device(self._device):  # a new thread has another current device
-            return _Pool(torch.cuda.MemPool(self._allocator), self._generation)
+            pool = _Pool(torch.cuda.MemPool(self._allocator), self._generation)
+            _begin_in_thread(self._device_index, pool.id)  # the use of its own
+            _end_in_thread(self._device_index, pool.id)
+            return pool
 
     def _begin(self, pool: _Pool) -> None:
         expandable_segments_off.enter()
@@ -258,12 +366,8 @@ class PoolRouting:
         except BaseException:
             expandable_segments_off.leave()
             raise
-        with self._lock:
-            self._num_begun += 1
 
     def _end(self, pool: _Pool) -> None:
-        with self._lock:
-            self._num_begun -= 1
         try:
             _end_in_thread(self._device_index, pool.id)
         finally:
@@ -271,3 +375,16 @@ class PoolRouting:
                 _release(self._device_index, pool.id)
             finally:
                 expandable_segments_off.leave()
+
+
+class _AtEnd:
+    """Goes with its thread, and leaves the thread's pool to another one."""
+
+    __slots__ = ("_orphans", "_pool")
+
+    def __init__(self, orphans: list[_Pool], pool: _Pool) -> None:
+        self._orphans = orphans
+        self._pool = pool
+
+    def __del__(self) -> None:
+        self._orphans.append(self._pool)

@@ -185,18 +185,20 @@ class SymmetricPool:
         Args:
             num_ranks: how many there are.
         """
-        ended = self.routing.ended_captures()
-        if self.frozen:
-            everyone = [w for w in self._groups if w.comm.world_size == num_ranks]
-            for windows in everyone:
-                windows.count_common()
-            payloads = [windows.exchange(ended) for windows in everyone]
+        alive, num_captured = self.routing.captured()
+        mine = {"alive": alive, "captured": num_captured}
+        reports: list[Any] = [mine]
+        if not self.frozen:
+            told = self.register_common(mine).values()
+            reports = next((each for each in told if len(each) == num_ranks), reports)
         else:
-            payloads = [
-                lists for w, lists in self.register_common(ended).items() if len(lists) == num_ranks
-            ]
-        for lists in payloads:
-            self.routing.drop_captures(set.intersection(*map(set, lists)))
+            for windows in self._groups:
+                if windows.comm.world_size == num_ranks:
+                    windows.count_common()
+                    reports = windows.exchange(mine)
+                    break
+        anywhere = {number for report in reports for number in report["alive"]}
+        self.routing.drop_captured(anywhere, max(report["captured"] for report in reports))
         self.heap.settle()
 
     def add_group(self, windows: GroupWindows) -> None:

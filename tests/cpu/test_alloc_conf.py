@@ -19,6 +19,7 @@ from distcomm.errors import DistcommError
 from distcomm.memory.alloc_conf import (
     AllocatorSettings,
     ExpandableSegmentsGuard,
+    block_settings,
     expandable_segments_in,
     expandable_segments_off,
     without_expandable_segments,
@@ -55,6 +56,22 @@ class FakeSettings(AllocatorSettings):
             raise ValueError("rejected")
         if "expandable_segments" in text:
             self.on = expandable_segments_in(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ""),
+        ("expandable_segments:True", ""),
+        (" max_split_size_mb : 64,expandable_segments:True,", "max_split_size_mb:64"),
+        (
+            "roundup_power2_divisions:[64:8,>:1],garbage_collection_threshold:0.5",
+            "garbage_collection_threshold:0.5,roundup_power2_divisions:[64:8,>:1]",
+        ),
+    ],
+)
+def test_block_settings(text: str, expected: str):
+    assert block_settings(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,8 @@ class Torch:
     def __init__(self) -> None:
         self.routes: list[tuple[Any, int | None]] = []  # pool, thread; None for a graph's own
         self.use_counts: dict[int, int] = {}
+        self.freeable: set[int] = set()  # without a use, not emptied yet
+        self.live: set[int] = set()  # tensors lie in these
         self.num_pools = 0
         self.capture_id = 0
         self.watched: list[int] = []
@@ -56,15 +58,34 @@ class Torch:
 
     def release(self, device: int, pool: int) -> None:
         assert device == DEVICE_INDEX
-        self.use_counts[pool] -= 1
         if self.use_counts[pool] < 1:
             self.faults.append(f"pool {pool} was released once too often")
+        self.use_counts[pool] -= 1
+        if not self.use_counts[pool]:
+            self.freeable.add(pool)
 
     def destroy(self, pool: int) -> None:
-        if self.routes or self.capture_id:
-            self.faults.append(f"pool {pool} went while {self.routes} were begun")
-        if self.use_counts.pop(pool) != 1:
-            self.faults.append(f"pool {pool} went while it was begun")
+        self.use_counts[pool] -= 1
+        if not self.use_counts[pool]:
+            if self.routes or self.capture_id:
+                self.faults.append(f"pool {pool} went while {self.routes} were begun")
+            self.freeable.add(pool)
+            self.empty({pool})
+
+    def empty_cache(self) -> None:
+        if not self.routes:
+            self.faults.append("all that torch has cached was given back")
+        self.empty(self.freeable)
+
+    def empty(self, pools: set[int]) -> None:
+        for pool in pools - self.live:
+            del self.use_counts[pool]
+        self.freeable &= self.live
+
+    def has_no_tensors(self, device: int, pool: int, expected: set[int]) -> bool:
+        assert device == DEVICE_INDEX
+        assert not expected
+        return pool not in self.live
 
     def allocates_from(self) -> Any:
         """The pool, of this thread; None for ordinary memory."""
@@ -93,6 +114,9 @@ class MemPool:
         self.id = owner.num_pools
         owner.use_counts[self.id] = 1
 
+    def use_count(self) -> int:
+        return self._owner.use_counts[self.id]
+
     def __del__(self) -> None:
         self._owner.destroy(self.id)
 
@@ -115,6 +139,8 @@ class patched:  # noqa: N801 - used as a function
         put(pool_routing, "_begin_in_thread", there.begin)
         put(pool_routing, "_end_in_thread", there.end)
         put(pool_routing, "_release", there.release)
+        put(pool_routing, "_empty_cache", there.empty_cache)
+        put(pool_routing, "_has_no_tensors", there.has_no_tensors)
         put(pool_routing, "_torch_allocator", lambda path: None)
         put(torch.cuda, "MemPool", lambda allocator: MemPool(there), raising=False)
         put(torch.cuda, "device", lambda device: nullcontext())
@@ -141,7 +167,8 @@ def check_end(there: Torch, routing: PoolRouting) -> None:
     try:
         routing.close()
         assert there.routes == []
-        assert there.use_counts == {}, "pools are left"
+        unused = [] if routing._never_used is None else [routing._never_used.id]
+        assert list(there.use_counts) == unused, "pools are left"
     finally:
         gc.enable()
     assert there.faults == []
@@ -194,16 +221,34 @@ def test_a_capture_has_a_pool_of_its_own(stand_in: Torch) -> None:
     capture_id = stand_in.end_capture()
     assert stand_in.allocates_from() == eager
     routing.leave()
-    assert (routing.num_captures(), routing.ended_captures()) == (1, [])
+    assert routing.captured() == ([1], 1)
+    routing.drop_captured([], 1)
+    assert pools[0] in stand_in.use_counts, "the graph lives"
     stand_in.ended.append(capture_id)
-    assert (routing.num_captures(), routing.ended_captures()) == (0, [1])
+    assert routing.captured() == ([], 1)
+    assert routing.num_captures() == 0
+    routing.drop_captured([1], 1)
     assert pools[0] in stand_in.use_counts, "given back only where all ranks do"
+    stand_in.live.add(pools[0])
+    routing.drop_captured([], 3)
+    assert pools[0] in stand_in.use_counts, "a tensor lies in it"
+    stand_in.live.clear()
     routing.enter()
-    routing.drop_captures({1})
-    assert pools[0] in stand_in.use_counts, "not while another one is begun"
-    assert routing.ended_captures() == []
+    routing.enter()
     routing.leave()
-    assert pools[0] not in stand_in.use_counts
+    assert pools[0] in stand_in.use_counts
+    routing.leave()
+    assert pools[0] not in stand_in.use_counts, "seen when a context is left"
+    assert routing.captured() == ([], 3)
+    check_end(stand_in, routing)
+
+
+def test_the_numbers_of_captures_are_levelled(stand_in: Torch) -> None:
+    routing = make_routing()
+    routing.drop_captured([], 7)
+    number, _ = routing.open_graph_pool()
+    assert number == 8
+    assert routing.captured() == ([8], 8)
     check_end(stand_in, routing)
 
 
@@ -213,16 +258,31 @@ def test_renewed_pools(stand_in: Torch) -> None:
     first = stand_in.allocates_from()
     routing.leave()
     routing.renew()
-    assert first not in stand_in.use_counts, "an idle pool goes at once"
     routing.enter()
     second = stand_in.allocates_from()
-    routing.renew()
-    assert stand_in.allocates_from() == second, "one in use goes when it is left"
-    routing.leave()
-    assert second not in stand_in.use_counts
+    assert second != first
     routing.enter()
-    assert stand_in.allocates_from() not in (first, second)
+    routing.suspend()
+    routing.renew()
+    assert stand_in.allocates_from() is None
     routing.leave()
+    third = stand_in.allocates_from()
+    assert third not in (first, second), "contexts go on with a new pool"
+    stand_in.live.add(third)
+    routing.renew()
+    fourth = stand_in.allocates_from()
+    assert fourth not in (first, second, third)
+    routing.leave()
+    assert stand_in.allocates_from() == fourth
+    assert {first, second} <= stand_in.use_counts.keys()
+    routing.leave()
+    assert not {first, second} & stand_in.use_counts.keys(), "empty pools go"
+    assert third in stand_in.use_counts, "a tensor lies in it"
+    stand_in.live.clear()
+    routing.enter()
+    assert stand_in.allocates_from() == fourth
+    routing.leave()
+    assert third not in stand_in.use_counts
     check_end(stand_in, routing)
 
 
@@ -246,10 +306,38 @@ def test_threads_have_pools_of_their_own(stand_in: Torch) -> None:
     assert stand_in.allocates_from() == mine != theirs[0]
     routing.renew()
     routing.leave()
-    assert mine in stand_in.use_counts, "not while the other thread is in a pool"
+    assert mine not in stand_in.use_counts
+    assert theirs[0] in stand_in.use_counts, "the other thread is in it"
     done.set()
     thread.join(10)
-    assert not {mine, theirs[0]} & stand_in.use_counts.keys()
+    assert theirs[0] not in stand_in.use_counts
+    check_end(stand_in, routing)
+
+
+def test_a_thread_goes_on_with_the_pool_of_one_that_is_gone(stand_in: Torch) -> None:
+    """Whatever other threads there have been meanwhile: their names and numbers don't matter."""
+    routing = make_routing()
+    pools = []
+
+    def use() -> None:
+        routing.enter()
+        pools.append(stand_in.allocates_from())
+        routing.leave()
+
+    def run(function: Callable[[], object]) -> None:
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join(10)
+
+    use()
+    run(use)
+    run(threading.get_ident)
+    run(use)
+    use()
+    assert pools[0] == pools[3] != pools[1] == pools[2]
+    routing.renew()
+    run(use)
+    assert pools[4] not in pools[:4]
     check_end(stand_in, routing)
 
 
@@ -258,22 +346,41 @@ def test_closing_inside_a_context(stand_in: Torch) -> None:
     routing.enter()
     routing.close()
     with pytest.raises(DistcommError, match="the pool is closed"):
-        routing.graph_pool()
+        routing.open_graph_pool()
     routing.leave()
     check_end(stand_in, routing)
 
 
-def test_a_graph_pool_is_dropped_when_it_is_safe(stand_in: Torch) -> None:
+def test_a_graph_pool_lives_as_long_as_its_graphs(stand_in: Torch) -> None:
+    routing = make_routing()
+    number, pool = routing.open_graph_pool()
+    assert routing.captured() == ([number], 1), "graphs may still be captured"
+    stand_in.begin(DEVICE_INDEX, pool)  # as a capture does
+    routing.close_graph_pool(number)
+    stand_in.end(DEVICE_INDEX, pool)
+    assert routing.captured() == ([number], 1)
+    stand_in.release(DEVICE_INDEX, pool)  # as a graph that goes
+    assert routing.captured() == ([], 1)
+    assert pool in stand_in.use_counts
+    routing.drop_captured([], 1)
+    assert pool not in stand_in.use_counts
+    check_end(stand_in, routing)
+
+
+def test_a_capture_that_torch_never_ends_does_no_harm(stand_in: Torch) -> None:
+    """As after a failed end of a capture: to torch it goes on for ever."""
     routing = make_routing()
     routing.enter()
-    pool = routing.graph_pool()
-    number = pool.id
-    routing.retire(pool)
-    del pool
-    assert number in stand_in.use_counts
     routing.leave()
-    assert number not in stand_in.use_counts
-    check_end(stand_in, routing)
+    number, pool = routing.open_graph_pool()
+    stand_in.begin(DEVICE_INDEX, pool)
+    routing.close_graph_pool(number)
+    routing.renew()
+    routing.enter()
+    routing.leave()
+    routing.close()
+    assert stand_in.faults == []
+    assert stand_in.use_counts[pool] == 1, "only what torch itself holds is left"
 
 
 def test_a_failed_begin_changes_nothing(stand_in: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,11 +424,15 @@ class Model:
             there.begin_capture()
         elif action == "renew":
             routing.renew()
-            assert there.allocates_from() == before
+            now = there.allocates_from()
+            if before in (None, GRAPH) or there.capture_id:
+                assert now == before
+            else:
+                assert now not in (None, GRAPH, before)
         elif action == "leave" and self.stack:
             self.leave()
         elif action == "settle" and not there.capture_id:
-            routing.drop_captures(routing.ended_captures())
+            routing.drop_captured(*routing.captured())
             assert there.allocates_from() == before
 
     def leave(self) -> None:
@@ -330,7 +441,9 @@ class Model:
             self.routing.leave()
         else:
             self.there.ended.append(self.there.end_capture())  # the graph is gone at once
-        assert self.there.allocates_from() == before
+        now = self.there.allocates_from()
+        # After a renewal another pool may be in the place of the one from before.
+        assert now == before or (before not in (None, GRAPH) and now not in (None, GRAPH))
 
 
 ACTIONS = ["enter", "enter", "suspend", "capture", "renew", "settle", "leave", "leave"]

@@ -172,6 +172,22 @@ def test_ranks_that_verify_differently(workers: WorkerPool):
         assert found == {1: "verify_symmetric is False, on rank 0 True"}
 
 
+def start_with_settings(rank: int, world_size: int, url: str) -> str:
+    torch._C._accelerator_setAllocatorSettings("max_split_size_mb:32" if rank == 1 else "")
+    try:
+        start(rank, world_size, url, tp=world_size)
+    except InitializationError as error:
+        return str(error)
+    finally:
+        torch._C._accelerator_setAllocatorSettings("")
+    return "none"
+
+
+def test_ranks_that_cut_memory_differently(workers: WorkerPool):
+    for text in workers.run(start_with_settings, fresh_init_method(), ranks=2):
+        assert "rank 1: torch's allocator settings is max_split_size_mb:32, on rank 0" in text
+
+
 def test_an_unknown_issue_to_ignore(workers: WorkerPool):
     """The rank that names it raises its own error, the others are told."""
     results = errors(workers, {}, {"ignore_known_issues": ["captured-symmetric-race", "nothing"]})

@@ -240,8 +240,34 @@ def frozen(rank: int, world: int, method: str) -> None:
         assert tp.is_symmetric(small)
         assert (tp.all_reduce(small, out=small) == world * (world + 1) / 2).all()
         assert (num_segments(state), num_registrations(state)) == counts
+        del again
+        steady = pool.stats()
+        for _ in range(100):  # what torch has cached is used again
+            with tp.symmetric_memory():
+                torch.full((64 * MIB,), 1.0, device=device)
+                torch.full((MIB,), 1.0, device=device)
+        for name in ("ordinary_bytes", "bytes_used"):
+            assert pool.stats()[name] <= steady[name]
         with pytest.raises(RuntimeError, match="frozen"):
             pool.reserve(1)
+
+
+def others_make_a_group(rank: int, world: int, method: str) -> None:
+    """What two ranks do to make a group of theirs leaves no trace in the pool."""
+    with symmetric_job(rank, world, method) as state:
+        tp = state.tp
+        with tp.symmetric_memory():
+            kept = torch.zeros(MIB, device=state.device)
+            torch.zeros(2 * MIB, device=state.device)  # pending, when given back
+        if rank < 2:
+            pair = state.create_group("pair", [0, 1])
+            assert pair.is_symmetric(kept)
+        with tp.symmetric_memory():
+            tensors = [torch.zeros(n * MIB, device=state.device) for n in (1, 3, 5)]
+        windows = state.symmetric_pool._groups[0]
+        places = [windows.find(each.data_ptr()) for each in (kept, *tensors)]
+        mine = [(place.ordinal, place.offset) for place in places]
+        assert tp.all_gather_object(mine) == [mine] * world
 
 
 def freed_in_flight(rank: int, world: int, method: str) -> None:
@@ -280,7 +306,7 @@ def test_what_is_symmetric(gpus: WorkerPool, world: int, function: object) -> No
 
 @pytest.mark.parametrize(
     "function",
-    [steady_state, nested, two_threads, peers, frozen, freed_in_flight],
+    [steady_state, nested, two_threads, peers, frozen, others_make_a_group, freed_in_flight],
     ids=lambda function: function.__name__,
 )
 def test_symmetric_memory(gpus: WorkerPool, most_ranks: int, function: object) -> None:
