@@ -66,6 +66,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
         self._closed = False
         self._router = Router(member, communicators, job)
         self._route = self._router.route
+        self._parked_handles: list[StreamHandle] = []
         self._prepare_memory()
 
     def __repr__(self) -> str:
@@ -376,7 +377,9 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
         """The handle of a collective that was enqueued on `stream` and uses `tensors`."""
         symmetric = [x for x in tensors if self.may_be_in_symmetric_pool(x)]
         others = [x for x in tensors if not self.may_be_in_symmetric_pool(x)]
-        return StreamHandle(stream, others, symmetric)
+        if self._parked_handles:
+            StreamHandle.unpark(self._parked_handles)
+        return StreamHandle(stream, others, symmetric, self._parked_handles)
 
     # ---- inside -----------------------------------------------------------------------------
 

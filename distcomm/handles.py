@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -13,8 +13,6 @@ from .errors import GroupMember
 from .process_groups import collective_errors
 
 __all__ = ["AsyncHandle", "CompletedHandle", "StreamHandle", "WorkHandle"]
-
-logger = logging.getLogger(__name__)
 
 
 class AsyncHandle(Protocol):
@@ -37,6 +35,8 @@ class StreamHandle:
         stream: where the collective is.
         tensors: that it uses.
         symmetric: those of them that lie in symmetric memory.
+        parked: takes what is dropped while the caller's stream captures a CUDA graph, where it
+            can't wait for what was before; see `unpark`.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class StreamHandle:
         stream: torch.cuda.Stream,
         tensors: Sequence[torch.Tensor],
         symmetric: Sequence[torch.Tensor] = (),
+        parked: list[StreamHandle] | None = None,
     ) -> None:
         self._device = stream.device
         self._event = stream.record_event()
@@ -51,6 +52,7 @@ class StreamHandle:
         self._captured = torch.cuda.is_current_stream_capturing()
         self._tensors = tuple(tensors)
         self._symmetric = tuple(symmetric)
+        self._parked = parked
         # Should the handle be dropped without a wait, the allocator still waits for the stream
         # before it gives the tensors' memory to someone else. When it notices that the stream is
         # done differs from rank to rank, so symmetric memory must not depend on that: there the
@@ -61,28 +63,29 @@ class StreamHandle:
     def wait(self) -> None:
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._event)
-        if stream == self._caller:
-            self._tensors = self._symmetric = ()
-        else:
-            self._release()
+        if self._symmetric and stream != self._caller:
+            self._caller.wait_event(self._event)
+        self._tensors = self._symmetric = ()
 
     def is_completed(self) -> bool:
         return bool(self._event.query())
 
-    def __del__(self) -> None:
-        if hasattr(self, "_symmetric"):
-            self._release()
+    @staticmethod
+    def unpark(parked: list[StreamHandle]) -> None:
+        """Lets go of what was parked, if it is possible now."""
+        waiting = parked[:]
+        parked.clear()
+        del waiting
 
-    def _release(self) -> None:
-        """Lets go of the tensors; what the caller's stream does with their memory comes later."""
-        if self._symmetric:
-            with torch.cuda.stream(self._caller):
-                # An event from outside a capture can't be waited for in it, nor the reverse.
-                if torch.cuda.is_current_stream_capturing() == self._captured:
-                    self._caller.wait_event(self._event)
-                else:
-                    logger.warning("a handle was dropped on the other side of a capture")
-        self._tensors = self._symmetric = ()
+    def __del__(self) -> None:
+        # In a capture a handle without a wait is the caller's mistake, which torch reports.
+        if not getattr(self, "_symmetric", ()) or self._captured:
+            return
+        with torch.cuda.stream(self._caller):
+            if not torch.cuda.is_current_stream_capturing():
+                self._caller.wait_event(self._event)
+            elif self._parked is not None:
+                self._parked.append(copy(self))  # this one is about to go
 
 
 class WorkHandle:

@@ -226,12 +226,20 @@ class PoolRouting:
                 self._lingering.append(capture.pool)
         self.drop_empty()
 
-    def renew(self) -> None:
+    @property
+    def generation(self) -> int:
+        """How often the pools were renewed."""
+        return self._generation
+
+    def renew(self, generation: int = 0) -> None:
         """Later allocations come from new pools; the old ones' memory goes as its tensors go.
 
         Also in the contexts that this thread is in; another thread's goes on until it is left.
+
+        Args:
+            generation: the least number that the new ones get.
         """
-        self._generation += 1
+        self._generation = max(self._generation + 1, generation)
         self._lingering += self._eager
         self._eager, self._orphans = [], []
         self._threads.idle = None

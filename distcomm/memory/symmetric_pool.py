@@ -180,13 +180,15 @@ class SymmetricPool:
     def settle(self, num_ranks: int) -> None:
         """Registers what is pending, and gives back what captures whose graphs are gone have used.
 
-        Collective among all ranks of the job, which give back the same.
+        Collective among all ranks of the job, which give back the same. Where some have renewed
+        their pools after an error, all do.
 
         Args:
             num_ranks: how many there are.
         """
         alive, num_captured = self.routing.captured()
-        mine = {"alive": alive, "captured": num_captured}
+        generation = self.routing.generation
+        mine = {"alive": alive, "captured": num_captured, "generation": generation}
         reports: list[Any] = [mine]
         if not self.frozen:
             told = self.register_common(mine).values()
@@ -198,6 +200,9 @@ class SymmetricPool:
                     reports = windows.exchange(mine)
                     break
         anywhere = {number for report in reports for number in report["alive"]}
+        generations = {report["generation"] for report in reports}
+        if len(generations) > 1:  # some have given up segments, and what torch has cached there
+            self.routing.renew(max(generations) + 1)
         self.routing.drop_captured(anywhere, max(report["captured"] for report in reports))
         self.heap.settle()
 

@@ -243,6 +243,17 @@ def test_a_capture_has_a_pool_of_its_own(stand_in: Torch) -> None:
     check_end(stand_in, routing)
 
 
+def test_generations_are_levelled(stand_in: Torch) -> None:
+    routing = make_routing()
+    routing.renew()
+    assert routing.generation == 1
+    routing.renew(5)
+    assert routing.generation == 5
+    routing.renew(5)
+    assert routing.generation == 6
+    check_end(stand_in, routing)
+
+
 def test_the_numbers_of_captures_are_levelled(stand_in: Torch) -> None:
     routing = make_routing()
     routing.drop_captured([], 7)
