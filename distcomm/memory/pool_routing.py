@@ -2,65 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..errors import DistcommError
 from ..native import NativeNccl
-from .alloc_conf import expandable_segments_off
 from .cuda_capture import CaptureWatch
+from .torch_pools import TorchPool, TorchPools
 
 __all__ = ["PoolRouting"]
-
-# Looked up once: contexts are entered and left around every layer of a model.
-_begin_in_thread = torch._C._cuda_beginAllocateCurrentThreadToPool
-_end_in_thread = torch._C._cuda_endAllocateToPool
-_release = torch._C._cuda_releasePool
-# Not in builds without CUDA.
-_empty_cache: Callable[[], None] = getattr(torch._C, "_cuda_emptyCache", lambda: None)
-_has_no_tensors = getattr(torch._C, "_cuda_checkPoolLiveAllocations", None)
-
-_OWN_USES = 2  # a pool's MemPool's, and one more
-
-
-@functools.cache
-def _torch_allocator(path: str) -> torch._C._cuda_CUDAAllocator:
-    """torch's name for the heap's two functions; kept, as tensors may outlive every pool."""
-    functions = "distcomm_torch_alloc", "distcomm_torch_free"
-    allocator: torch._C._cuda_CUDAAllocator
-    allocator = torch.cuda.memory.CUDAPluggableAllocator(path, *functions).allocator()
-    return allocator
-
-
-class _Pool:
-    """One of torch's pools over the heap. Nothing that it refers to may refer to it: its memory
-    has to go when its last user does, at the same point on every rank, not at a collection.
-
-    It has one use of its own besides the MemPool's. torch empties a pool whose MemPool goes with
-    its last use, and ends the process if any pool is begun or any capture is under way then, be it
-    somebody else's, or one that has failed. So the MemPool goes first, and then that use.
-
-    Attributes:
-        id: torch's.
-        generation: the routing's when this one was made; an older one isn't used again.
-        mem_pool: torch's object; None once the pool has been dropped.
-    """
-
-    __slots__ = ("generation", "id", "mem_pool")
-
-    def __init__(self, mem_pool: torch.cuda.MemPool, generation: int) -> None:
-        self.mem_pool: torch.cuda.MemPool | None = mem_pool
-        self.id = mem_pool.id
-        self.generation = generation
-
-    @property
-    def is_unused(self) -> bool:
-        """Whether no thread is in it, and no graph has it."""
-        return self.mem_pool is None or self.mem_pool.use_count() <= _OWN_USES
 
 
 class _Frame(NamedTuple):
@@ -72,8 +25,8 @@ class _Frame(NamedTuple):
         capture_id: the CUDA graph capture that it was entered in; 0 outside.
     """
 
-    pool: _Pool | None
-    begun: tuple[_Pool, ...]
+    pool: TorchPool | None
+    begun: tuple[TorchPool, ...]
     capture_id: int
 
 
@@ -88,7 +41,7 @@ class _Captured:
 
     __slots__ = ("capture_id", "ended", "is_open", "pool")
 
-    def __init__(self, pool: _Pool, capture_id: int) -> None:
+    def __init__(self, pool: TorchPool, capture_id: int) -> None:
         self.pool = pool
         self.capture_id = capture_id
         self.is_open = capture_id == 0  # graphs may still be captured with it
@@ -120,15 +73,14 @@ class PoolRouting:
         self._device = device
         self._device_index = device.index
         self._watch = CaptureWatch(nccl)
-        self._allocator = _torch_allocator(str(nccl.path))
+        self._pools = TorchPools(nccl, device)
         self._threads = _ThreadState()
         self._generation = 0
-        self._eager: list[_Pool] = []  # of all threads, of this generation
-        self._orphans: list[_Pool] = []  # those of them whose threads are gone
-        self._lingering: list[_Pool] = []  # to be dropped once nothing lies in them
+        self._eager: list[TorchPool] = []  # of all threads, of this generation
+        self._orphans: list[TorchPool] = []  # those of them whose threads are gone
+        self._lingering: list[TorchPool] = []  # to be dropped once nothing lies in them
         self._captured: dict[int, _Captured] = {}  # by number, counted in this process
         self._num_captured = 0
-        self._never_used: _Pool | None = None
         self._closed = False
 
     def enter(self) -> None:
@@ -142,14 +94,14 @@ class PoolRouting:
         else:
             frame = self._idle_frame()
         for pool in frame.begun:
-            self._begin(pool)
+            self._pools.begin(pool)
         frames.append(frame)
 
     def suspend(self) -> None:
         """From here on this thread allocates as if it weren't in a context, until `leave`."""
         capture_id = self._capture_id()
         frames = self._threads.frames
-        routed: list[_Pool] = []
+        routed: list[TorchPool] = []
         for frame in reversed(frames):
             # Pools begun outside a capture are beneath the graph's own pool, which comes first.
             # Ended and begun again they would be above it.
@@ -157,7 +109,7 @@ class PoolRouting:
                 break
             routed[:0] = frame.begun
         for pool in reversed(routed):
-            self._end(pool)
+            self._pools.end(pool)
         frames.append(_Frame(None, tuple(routed), capture_id))
 
     def leave(self) -> None:
@@ -166,14 +118,14 @@ class PoolRouting:
         frame = frames.pop()
         if frame.pool is None:
             for pool in frame.begun:
-                self._begin(pool)
+                self._pools.begin(pool)
             return
         for pool in frame.begun:
-            self._end(pool)
+            self._pools.end(pool)
         if frame.begun and frame.capture_id == 0 and frame.pool.generation == self._generation:
             self._threads.idle = frame
         if self._closed:
-            self._empty_unused()
+            self._pools.empty_unused()
         elif self._lingering and not frames:
             self.drop_empty()
 
@@ -185,7 +137,7 @@ class PoolRouting:
         """
         self._refuse_if_closed()
         self._num_captured += 1
-        pool = self._new_pool()
+        pool = self._pools.make(self._generation)
         self._captured[self._num_captured] = _Captured(pool, 0)
         return self._num_captured, pool.id
 
@@ -249,9 +201,9 @@ class PoolRouting:
         """Drops the pools that are to go, of those that nothing lies in any more."""
         if self._capture_id():
             return
-        empty = [pool for pool in self._lingering if pool.is_unused and self._is_empty(pool)]
+        empty = [pool for pool in self._lingering if pool.is_unused and self._pools.is_empty(pool)]
         self._lingering = [pool for pool in self._lingering if pool not in empty]
-        self._drop(empty)
+        self._pools.drop(empty)
 
     def close(self) -> None:
         """Drops all pools; `enter` raises from now on. Idempotent."""
@@ -261,7 +213,7 @@ class PoolRouting:
         self._eager, self._orphans, self._lingering = [], [], []
         self._captured.clear()
         self._threads.idle = None
-        self._drop(pools)
+        self._pools.drop(pools)
 
     # ---- inside -----------------------------------------------------------------------------
 
@@ -269,7 +221,7 @@ class PoolRouting:
         """Of the current stream of this device, which need not be the thread's current device."""
         return self._watch.capture_id(torch._C._cuda_getCurrentRawStream(self._device_index))
 
-    def _pool_for(self, capture_id: int, frames: Sequence[_Frame]) -> _Pool:
+    def _pool_for(self, capture_id: int, frames: Sequence[_Frame]) -> TorchPool:
         """Where this thread's allocations are to go.
 
         A capture has a pool of its own, which lives as long as its graph: what a replay writes
@@ -288,7 +240,7 @@ class PoolRouting:
         self._threads.idle = None
         if frame is None or frame.begun[0].generation != self._generation:
             self._refuse_if_closed()
-            pool = self._orphans.pop() if self._orphans else self._new_pool()
+            pool = self._orphans.pop() if self._orphans else self._pools.make(self._generation)
             if pool not in self._eager:
                 self._eager.append(pool)
             frame = _Frame(pool, (pool,), 0)
@@ -304,48 +256,22 @@ class PoolRouting:
             return
         is_begun = frames[-1].pool is not None
         if is_begun:
-            self._end(old)
+            self._pools.end(old)
         new = self._idle_frame().begun[0]
         for index, frame in enumerate(frames):
             begun = tuple(new if pool is old else pool for pool in frame.begun)
             frames[index] = _Frame(new if frame.pool is old else frame.pool, begun, 0)
         if is_begun:
-            self._begin(new)
+            self._pools.begin(new)
 
-    def _drop(self, pools: Sequence[_Pool]) -> None:
-        """Ends pools, and gives back what doesn't belong to live tensors or graphs."""
-        for pool in pools:
-            pool.mem_pool = None
-            _release(self._device_index, pool.id)
-        if pools:
-            self._empty_unused()
-
-    def _empty_unused(self) -> None:
-        """Gives back what lies in pools that have no use any more."""
-        with torch.cuda.device(self._device):
-            if self._never_used is None:
-                self._never_used = self._new_pool()
-            # While a pool is begun, torch leaves its cache of ordinary memory alone.
-            _begin_in_thread(self._device_index, self._never_used.id)
-            try:
-                _empty_cache()
-            finally:
-                _end_in_thread(self._device_index, self._never_used.id)
-                _release(self._device_index, self._never_used.id)
-
-    def _is_empty(self, pool: _Pool) -> bool:
-        """Whether no tensor lies in it. Otherwise torch would give back the rest of it at some
-        later time, which differs between ranks."""
-        return _has_no_tensors is None or bool(_has_no_tensors(self._device_index, pool.id, set()))
-
-    def _pool_of_capture(self, capture_id: int) -> _Pool:
+    def _pool_of_capture(self, capture_id: int) -> TorchPool:
         for capture in self._captured.values():
             if capture.capture_id == capture_id:
                 return capture.pool
         self._refuse_if_closed()
         self._watch.watch(torch._C._cuda_getCurrentRawStream(self._device_index))
         self._num_captured += 1
-        pool = self._new_pool()
+        pool = self._pools.make(self._generation)
         self._captured[self._num_captured] = _Captured(pool, capture_id)
         return pool
 
@@ -359,38 +285,13 @@ class PoolRouting:
         if self._closed:
             raise DistcommError(f"symmetric memory: the pool is closed ({self._device})")
 
-    def _new_pool(self) -> _Pool:
-        expandable_segments_off.refresh()
-        with torch.cuda.device(self._device):  # a new thread has another current device
-            pool = _Pool(torch.cuda.MemPool(self._allocator), self._generation)
-            _begin_in_thread(self._device_index, pool.id)  # the use of its own
-            _end_in_thread(self._device_index, pool.id)
-            return pool
-
-    def _begin(self, pool: _Pool) -> None:
-        expandable_segments_off.enter()
-        try:
-            _begin_in_thread(self._device_index, pool.id)
-        except BaseException:
-            expandable_segments_off.leave()
-            raise
-
-    def _end(self, pool: _Pool) -> None:
-        try:
-            _end_in_thread(self._device_index, pool.id)
-        finally:
-            try:
-                _release(self._device_index, pool.id)
-            finally:
-                expandable_segments_off.leave()
-
 
 class _AtEnd:
     """Goes with its thread, and leaves the thread's pool to another one."""
 
     __slots__ = ("_orphans", "_pool")
 
-    def __init__(self, orphans: list[_Pool], pool: _Pool) -> None:
+    def __init__(self, orphans: list[TorchPool], pool: TorchPool) -> None:
         self._orphans = orphans
         self._pool = pool
 

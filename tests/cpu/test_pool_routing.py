@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distcomm.errors import DistcommError
-from distcomm.memory import pool_routing
+from distcomm.memory import pool_routing, torch_pools
 from distcomm.memory.pool_routing import PoolRouting
 
 DEVICE_INDEX = 3
@@ -136,12 +136,12 @@ class patched:  # noqa: N801 - used as a function
     def __enter__(self) -> Torch:
         there = Torch()
         put = self._patch.setattr
-        put(pool_routing, "_begin_in_thread", there.begin)
-        put(pool_routing, "_end_in_thread", there.end)
-        put(pool_routing, "_release", there.release)
-        put(pool_routing, "_empty_cache", there.empty_cache)
-        put(pool_routing, "_has_no_tensors", there.has_no_tensors)
-        put(pool_routing, "_torch_allocator", lambda path: None)
+        put(torch_pools, "_begin_in_thread", there.begin)
+        put(torch_pools, "_end_in_thread", there.end)
+        put(torch_pools, "_release", there.release)
+        put(torch_pools, "_empty_cache", there.empty_cache)
+        put(torch_pools, "_has_no_tensors", there.has_no_tensors)
+        put(torch_pools, "_torch_allocator", lambda path: None)
         put(torch.cuda, "MemPool", lambda allocator: MemPool(there), raising=False)
         put(torch.cuda, "device", lambda device: nullcontext())
         put(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
@@ -167,7 +167,7 @@ def check_end(there: Torch, routing: PoolRouting) -> None:
     try:
         routing.close()
         assert there.routes == []
-        unused = [] if routing._never_used is None else [routing._never_used.id]
+        unused = [] if routing._pools._never_used is None else [routing._pools._never_used.id]
         assert list(there.use_counts) == unused, "pools are left"
     finally:
         gc.enable()
@@ -401,7 +401,7 @@ def test_a_failed_begin_changes_nothing(stand_in: Torch, monkeypatch: pytest.Mon
         raise RuntimeError("refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool_routing, "_begin_in_thread", refuse)
+        patch.setattr(torch_pools, "_begin_in_thread", refuse)
         with pytest.raises(RuntimeError, match="refused"):
             routing.enter()
     assert stand_in.allocates_from() is None

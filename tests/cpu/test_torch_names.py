@@ -37,17 +37,25 @@ def declared_names() -> set[str]:
 
 def test_the_names_are_found() -> None:
     memory = PACKAGE / "memory"
-    assert private_names(memory / "pool_routing.py") >= {
+    assert private_names(memory / "pool_routing.py") == {"_cuda_getCurrentRawStream"}
+    assert private_names(memory / "torch_pools.py") >= {
         "_cuda_beginAllocateCurrentThreadToPool",
+        "_cuda_checkPoolLiveAllocations",
+        "_cuda_emptyCache",
         "_cuda_endAllocateToPool",
-        "_cuda_getCurrentRawStream",
         "_cuda_releasePool",
     }
     assert private_names(memory / "alloc_conf.py") == EITHER
 
 
 @pytest.mark.parametrize(
-    "module", ["memory/pool_routing.py", "memory/alloc_conf.py", "nccl/connection.py"]
+    "module",
+    [
+        "memory/pool_routing.py",
+        "memory/torch_pools.py",
+        "memory/alloc_conf.py",
+        "nccl/connection.py",
+    ],
 )
 def test_names_of_torch_are_there(module: str) -> None:
     """In a build with CUDA all of them; in others those that are missing are declared."""

@@ -1,0 +1,128 @@
+"""torch's memory pools over the segment heap: how they are made, entered and ended."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..native import NativeNccl
+from .alloc_conf import expandable_segments_off
+
+__all__ = ["TorchPool", "TorchPools"]
+
+# Looked up once: contexts are entered and left around every layer of a model.
+_begin_in_thread = torch._C._cuda_beginAllocateCurrentThreadToPool
+_end_in_thread = torch._C._cuda_endAllocateToPool
+_release = torch._C._cuda_releasePool
+# Not in builds without CUDA.
+_empty_cache: Callable[[], None] = getattr(torch._C, "_cuda_emptyCache", lambda: None)
+_has_no_tensors = getattr(torch._C, "_cuda_checkPoolLiveAllocations", None)
+
+_OWN_USES = 2  # a pool's MemPool's, and one more
+
+
+@functools.cache
+def _torch_allocator(path: str) -> torch._C._cuda_CUDAAllocator:
+    """torch's name for the heap's two functions; kept, as tensors may outlive every pool."""
+    functions = "distcomm_torch_alloc", "distcomm_torch_free"
+    allocator: torch._C._cuda_CUDAAllocator
+    allocator = torch.cuda.memory.CUDAPluggableAllocator(path, *functions).allocator()
+    return allocator
+
+
+class TorchPool:
+    """One of torch's pools over the heap. Nothing that it refers to may refer to it: its memory
+    has to go when its last user does, at the same point on every rank, not at a collection.
+
+    It has one use of its own besides the MemPool's. torch empties a pool whose MemPool goes with
+    its last use, and ends the process if any pool is begun or any capture is under way then, be it
+    somebody else's, or one that has failed. So the MemPool goes first, and then that use.
+
+    Attributes:
+        id: torch's.
+        generation: the routing's when this one was made; an older one isn't used again.
+        mem_pool: torch's object; None once the pool has been dropped.
+    """
+
+    __slots__ = ("generation", "id", "mem_pool")
+
+    def __init__(self, mem_pool: torch.cuda.MemPool, generation: int) -> None:
+        self.mem_pool: torch.cuda.MemPool | None = mem_pool
+        self.id = mem_pool.id
+        self.generation = generation
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether no thread is in it, and no graph has it."""
+        return self.mem_pool is None or self.mem_pool.use_count() <= _OWN_USES
+
+
+class TorchPools:
+    """Makes and ends pools of one device.
+
+    Args:
+        nccl: the binding to the C++ library, which has the allocator's functions.
+        device: where memory is allocated.
+    """
+
+    def __init__(self, nccl: NativeNccl, device: torch.device) -> None:
+        self._device = device
+        self._device_index = device.index
+        self._allocator = _torch_allocator(str(nccl.path))
+        self._never_used: TorchPool | None = None
+
+    def make(self, generation: int = 0) -> TorchPool:
+        """A new pool."""
+        expandable_segments_off.refresh()
+        with torch.cuda.device(self._device):  # a new thread has another current device
+            pool = TorchPool(torch.cuda.MemPool(self._allocator), generation)
+            _begin_in_thread(self._device_index, pool.id)  # the use of its own
+            _end_in_thread(self._device_index, pool.id)
+            return pool
+
+    def begin(self, pool: TorchPool) -> None:
+        """From here on this thread allocates from `pool`, until `end`."""
+        expandable_segments_off.enter()
+        try:
+            _begin_in_thread(self._device_index, pool.id)
+        except BaseException:
+            expandable_segments_off.leave()
+            raise
+
+    def end(self, pool: TorchPool) -> None:
+        """Undoes `begin`."""
+        try:
+            _end_in_thread(self._device_index, pool.id)
+        finally:
+            try:
+                _release(self._device_index, pool.id)
+            finally:
+                expandable_segments_off.leave()
+
+    def is_empty(self, pool: TorchPool) -> bool:
+        """Whether no tensor lies in it. Otherwise torch would give back the rest of it at some
+        later time, which differs between ranks."""
+        return _has_no_tensors is None or bool(_has_no_tensors(self._device_index, pool.id, set()))
+
+    def drop(self, pools: Sequence[TorchPool]) -> None:
+        """Ends pools, and gives back what doesn't belong to live tensors or graphs."""
+        for pool in pools:
+            pool.mem_pool = None
+            _release(self._device_index, pool.id)
+        if pools:
+            self.empty_unused()
+
+    def empty_unused(self) -> None:
+        """Gives back what lies in pools that have no use any more."""
+        with torch.cuda.device(self._device):
+            if self._never_used is None:
+                self._never_used = self.make()
+            # While a pool is begun, torch leaves its cache of ordinary memory alone.
+            _begin_in_thread(self._device_index, self._never_used.id)
+            try:
+                _empty_cache()
+            finally:
+                _end_in_thread(self._device_index, self._never_used.id)
+                _release(self._device_index, self._never_used.id)
