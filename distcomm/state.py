@@ -173,7 +173,7 @@ class ParallelState:
         """`GroupCoordinator.graph_capture` for all groups of this rank. Collective among all.
 
         At the end, each group's members compare what they have captured in it. At the start, the
-        symmetric memory returns that contexts inside of captures have used whose graphs are gone.
+        symmetric memory of captured graphs returns that are gone on all ranks.
         """
         for group in self._groups.values():
             group.count_capture()

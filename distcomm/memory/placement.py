@@ -16,6 +16,7 @@ import torch
 from ..errors import CaptureMismatchError, SymmetricMismatchError
 from ..meeting import bring
 from ..objects import ObjectChannel
+from .reports import unusual
 from .windows import GroupWindows, meet_members
 
 if TYPE_CHECKING:
@@ -55,11 +56,6 @@ def _text(entry: Sequence[Any] | None) -> str:
     return f"{op} in '{group}'" + "".join(f", {place}" for place in places)
 
 
-def _odd(texts: Sequence[str]) -> list[int]:
-    usual = max(texts, key=texts.count)  # of equally frequent ones the first rank's
-    return [index for index, text in enumerate(texts) if text != usual]
-
-
 def placement_check(windows: GroupWindows, group: str, channel: ObjectChannel) -> Observer:
     """An observer of collectives that compares their buffers between ranks before each call.
 
@@ -71,7 +67,7 @@ def placement_check(windows: GroupWindows, group: str, channel: ObjectChannel) -
     def check(op: str, tensors: tuple[torch.Tensor, ...], placed: bool) -> None:
         mine = _record(windows, group, op, tensors, placed)
         texts = [_text(each) for each in channel.all_gather(mine)]
-        odd = _odd(texts)
+        odd = unusual(texts)
         if odd:
             raise SymmetricMismatchError(
                 op,
@@ -138,7 +134,7 @@ class CaptureLog:
             entries = [log[index] if index < len(log) else None for log in logs]
             if any(entry != entries[0] for entry in entries):
                 texts = [_text(entry) for entry in entries]
-                self._raise(f"captured call {index} differs", texts, _odd(texts))
+                self._raise(f"captured call {index} differs", texts, unusual(texts))
         self._raise("the captures differ", [f"captured {len(log)} calls" for log in logs], [])
 
     def _described(self, report: dict[str, Any] | None) -> str:

@@ -15,6 +15,7 @@ from ..meeting import absent_ranks, meet
 from ..nccl import PyNcclCommunicator
 from .alloc_conf import expandable_segments_off
 from .peer_memory import PeerMemory
+from .reports import Report, SegmentOrder, odd_ones, segment_set, unusual
 from .segment_heap import HeapLocation, Segment, SegmentHeap
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _CALL = "registering symmetric memory"
 _LOOK_S = 1.0
-Report = dict[str, Any]
 
 
 def meet_members(
@@ -77,7 +77,7 @@ class GroupWindows:
         self._key = ""  # of the meetings of the registration under way
         self._stuck = False
         self._lock = threading.Lock()  # one registration at a time
-        self._addresses: dict[int, int] = {}  # of the segments registered, by ordinal
+        self._order = SegmentOrder(self.find)
         self._count_new = heap.counter_of_new(comm.handle)
         comm.on_close(self._forget)
 
@@ -144,7 +144,7 @@ class GroupWindows:
             return [payload]
         with self._lock, self._heap.pinned_new(self.comm.handle) as segments:
             reports = self._met(self._report(segments, None, payload))
-            common = set.intersection(*(_segment_set(report) for report in reports))
+            common = set.intersection(*(segment_set(report) for report in reports))
             others = [s.ordinal for s in segments if (s.ordinal, s.num_bytes) not in common]
             self._heap.pass_over(self.comm.handle, others)
             self._check_order(reports, common)
@@ -187,7 +187,7 @@ class GroupWindows:
     ) -> Report:
         return {
             "segments": [[segment.ordinal, segment.num_bytes] for segment in segments],
-            "order": self._order(segments),
+            "order": self._order.with_new(segments),
             "failure": failure,
             "next": self._heap.next_ordinal(),
             "number": self._number,
@@ -202,27 +202,16 @@ class GroupWindows:
         while reports[self.member.rank_in_group] is None and self._others_went_on():
             reports = self._meet_by_number(segments, failure)
         present = self._level(reports)
-        odd = _odd_ones(reports)
+        odd = odd_ones(reports)
         if not odd:
-            self._check_order(present, _segment_set(present[0]))
+            self._check_order(present, segment_set(present[0]))
             return
         common: set[tuple[int, int]] = set()
         if len(present) == len(reports):
-            common = set.intersection(*(_segment_set(report) for report in present))
+            common = set.intersection(*(segment_set(report) for report in present))
         self._give_up([s.ordinal for s in segments if (s.ordinal, s.num_bytes) not in common])
         texts = [self._described(report) for report in reports]
         raise self._mismatch("the ranks' new segments differ", texts, odd)
-
-    def _order(self, new: Sequence[Segment]) -> list[int]:
-        """The ordinals of the segments registered and of new ones, by rising address."""
-        addresses = {
-            ordinal: address
-            for ordinal, address in self._addresses.items()
-            if (place := self.find(address)) is not None and place.ordinal == ordinal
-        }
-        self._addresses = addresses
-        addresses = addresses | {segment.ordinal: segment.address for segment in new}
-        return sorted(addresses, key=addresses.__getitem__)
 
     def _check_order(self, reports: Sequence[Report], new: Collection[tuple[int, int]]) -> None:
         """Passes if all ranks have their segments in the same order.
@@ -232,7 +221,7 @@ class GroupWindows:
         """
         common = set.intersection(*(set(report["order"]) for report in reports))
         orders = [[each for each in report["order"] if each in common] for report in reports]
-        odd = _unusual(orders)
+        odd = unusual(orders)
         if odd:
             self._give_up([ordinal for ordinal, _ in new])
             texts = [f"segments by address: {', '.join(f'#{o}' for o in each)}" for each in orders]
@@ -302,7 +291,7 @@ class GroupWindows:
         null_windows, failure = self._call_nccl(segments[-1].ordinal)
         report = {"failure": failure, "null": null_windows, "stuck": self._stuck}
         self._conclude(self._meet("after", report), segments)
-        self._addresses.update((segment.ordinal, segment.address) for segment in segments)
+        self._order.add(segments)
         expandable_segments_off.refresh()  # the pool has grown
         if self.unsupported is not None or self.comm.device.type != "cuda":
             return
@@ -390,24 +379,3 @@ class GroupWindows:
         if code:
             error = NcclError("ncclCommWindowDeregister", code, "on closing", member=self.member)
             logger.warning("close: %s", error)
-
-
-def _segment_set(report: Report) -> set[tuple[int, int]]:
-    return {(ordinal, num_bytes) for ordinal, num_bytes in report["segments"]}
-
-
-def _odd_ones(reports: Sequence[Report | None]) -> list[int]:
-    """Ranks that are absent, have failed, or have other segments than most of the rest."""
-    lists = [
-        None if each is None or each["failure"] is not None else each["segments"]
-        for each in reports
-    ]
-    present = [each for each in lists if each is not None]
-    usual = max(present, key=present.count, default=None)
-    return [index for index, each in enumerate(lists) if each is None or each != usual]
-
-
-def _unusual(values: Sequence[Any]) -> list[int]:
-    """Which values are not the most frequent one; of equally frequent ones the first is right."""
-    usual = max(values, key=values.count)
-    return [index for index, value in enumerate(values) if value != usual]
