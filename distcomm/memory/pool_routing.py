@@ -54,11 +54,13 @@ class _ThreadState(threading.local):
     Attributes:
         frames: what it has entered and not left.
         idle: its outermost entry, to be used again.
+        end: goes with the thread.
     """
 
     def __init__(self) -> None:
         self.frames: list[_Frame] = []
         self.idle: _Frame | None = None
+        self.end: _AtEnd | None = None
 
 
 class PoolRouting:
