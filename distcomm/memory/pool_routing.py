@@ -97,6 +97,8 @@ class PoolRouting:
             frame = self._idle_frame()
         for pool in frame.begun:
             self._pools.begin(pool)
+        if frame.pool is not None:
+            frame.pool.num_entered += 1
         frames.append(frame)
 
     def suspend(self) -> None:
@@ -122,6 +124,7 @@ class PoolRouting:
             for pool in frame.begun:
                 self._pools.begin(pool)
             return
+        frame.pool.num_entered -= 1
         for pool in frame.begun:
             self._pools.end(pool)
         if frame.begun and frame.capture_id == 0 and frame.pool.generation == self._generation:
@@ -263,6 +266,7 @@ class PoolRouting:
         for index, frame in enumerate(frames):
             begun = tuple(new if pool is old else pool for pool in frame.begun)
             frames[index] = _Frame(new if frame.pool is old else frame.pool, begun, 0)
+        old.num_entered, new.num_entered = 0, old.num_entered
         if is_begun:
             self._pools.begin(new)
 

@@ -44,19 +44,25 @@ class TorchPool:
         id: torch's.
         generation: the routing's when this one was made; an older one isn't used again.
         mem_pool: torch's object; None once the pool has been dropped.
+        is_begun: whether a thread allocates from it.
+        num_entered: in how many contexts it is what was entered, suspended ones included.
     """
 
-    __slots__ = ("generation", "id", "mem_pool")
+    __slots__ = ("generation", "id", "is_begun", "mem_pool", "num_entered")
 
     def __init__(self, mem_pool: torch.cuda.MemPool, generation: int) -> None:
         self.mem_pool: torch.cuda.MemPool | None = mem_pool
         self.id = mem_pool.id
         self.generation = generation
+        self.is_begun = False
+        self.num_entered = 0
 
     @property
     def is_unused(self) -> bool:
-        """Whether no thread is in it, and no graph has it."""
-        return self.mem_pool is None or self.mem_pool.use_count() <= _OWN_USES
+        """Whether no thread is in it or comes back to it, and no graph has it."""
+        if self.mem_pool is None:
+            return True
+        return self.num_entered == 0 and self.mem_pool.use_count() <= _OWN_USES
 
 
 class TorchPools:
@@ -83,16 +89,22 @@ class TorchPools:
             return pool
 
     def begin(self, pool: TorchPool) -> None:
-        """From here on this thread allocates from `pool`, until `end`."""
+        """From here on this thread allocates from `pool`, until `end`; not if it was dropped."""
+        if pool.mem_pool is None:
+            return
         expandable_segments_off.enter()
         try:
             _begin_in_thread(self._device_index, pool.id)
         except BaseException:
             expandable_segments_off.leave()
             raise
+        pool.is_begun = True
 
     def end(self, pool: TorchPool) -> None:
         """Undoes `begin`."""
+        if not pool.is_begun:
+            return
+        pool.is_begun = False
         try:
             _end_in_thread(self._device_index, pool.id)
         finally:

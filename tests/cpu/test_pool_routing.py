@@ -297,6 +297,35 @@ def test_renewed_pools(stand_in: Torch) -> None:
     check_end(stand_in, routing)
 
 
+def test_a_suspended_pool_stays(stand_in: Torch) -> None:
+    """A context of another thread that is suspended comes back to its pool."""
+    routing = make_routing()
+    suspended, done = threading.Event(), threading.Event()
+    pools = []
+
+    def other() -> None:
+        routing.enter()
+        pools.append(stand_in.allocates_from())
+        routing.suspend()
+        suspended.set()
+        done.wait(10)
+        routing.leave()
+        pools.append(stand_in.allocates_from())
+        routing.leave()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert suspended.wait(10)
+    routing.renew()
+    routing.drop_empty()
+    assert pools[0] in stand_in.use_counts
+    done.set()
+    thread.join(10)
+    assert pools[0] == pools[1]
+    assert pools[0] not in stand_in.use_counts
+    check_end(stand_in, routing)
+
+
 def test_threads_have_pools_of_their_own(stand_in: Torch) -> None:
     routing = make_routing()
     routing.enter()
@@ -358,6 +387,18 @@ def test_closing_inside_a_context(stand_in: Torch) -> None:
     routing.close()
     with pytest.raises(DistcommError, match="the pool is closed"):
         routing.open_graph_pool()
+    routing.leave()
+    check_end(stand_in, routing)
+
+
+def test_closing_inside_a_suspended_context(stand_in: Torch) -> None:
+    routing = make_routing()
+    routing.enter()
+    routing.suspend()
+    routing.close()
+    assert stand_in.allocates_from() is None
+    routing.leave()
+    assert stand_in.allocates_from() is None
     routing.leave()
     check_end(stand_in, routing)
 
