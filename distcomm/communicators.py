@@ -91,7 +91,7 @@ class GroupCommunicators:
                     group,
                     job.device,
                     name=member.name,
-                    library=job.nccl,
+                    nccl=job.nccl,
                     timeout_s=job.timeout_s,
                 )
                 self._prepare(self.pynccl)

@@ -18,7 +18,7 @@ from .communicators import GroupCommunicators, JobContext
 from .errors import ArgumentError, GroupClosedError, GroupMember
 from .group_memory import GroupMemory
 from .group_objects import ObjectCollectives
-from .handles import AsyncHandle, CompletedHandle, StreamHandle, WorkHandle
+from .handles import AsyncHandle, CompletedHandle, WorkHandle
 from .nccl import PyNcclCommunicator
 from .objects import ObjectChannel
 from .process_groups import collective_errors
@@ -66,7 +66,6 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
         self._closed = False
         self._router = Router(member, communicators, job)
         self._route = self._router.route
-        self._parked_handles: list[StreamHandle] = []
         self._prepare_memory()
 
     def __repr__(self) -> str:
@@ -370,16 +369,6 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
                 dist.monitored_barrier(
                     self.cpu_group, timedelta(seconds=self._job.timeout_s), wait_all_ranks=True
                 )
-
-    def stream_handle(
-        self, stream: torch.cuda.Stream, tensors: Sequence[torch.Tensor]
-    ) -> StreamHandle:
-        """The handle of a collective that was enqueued on `stream` and uses `tensors`."""
-        symmetric = [x for x in tensors if self.may_be_in_symmetric_pool(x)]
-        others = [x for x in tensors if not self.may_be_in_symmetric_pool(x)]
-        if self._parked_handles:
-            StreamHandle.unpark(self._parked_handles)
-        return StreamHandle(stream, others, symmetric, self._parked_handles)
 
     # ---- inside -----------------------------------------------------------------------------
 

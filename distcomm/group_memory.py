@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch
 
 from .communicators import GroupCommunicators, JobContext
 from .errors import ArgumentError, GroupMember
+from .handles import StreamHandle
 from .memory import (
     CaptureLog,
     InactiveContext,
@@ -52,6 +53,7 @@ class GroupMemory:
         self._symmetric_counters: Counter[str] = Counter()
         self._inactive: Counter[str] = Counter()
         self._num_captures = 0
+        self._parked_handles: list[StreamHandle] = []
         windows = self._communicators.windows
         if windows is not None and self._job.verifies_symmetric:
             channel = ObjectChannel(self.member, self._communicators.cpu_group)
@@ -112,6 +114,18 @@ class GroupMemory:
                 member=self.member,
             )
         return pointers
+
+    def stream_handle(
+        self, stream: torch.cuda.Stream, tensors: Sequence[torch.Tensor]
+    ) -> StreamHandle:
+        """The handle of a collective that was enqueued on `stream` and uses `tensors`. Local."""
+        symmetric: list[torch.Tensor] = []
+        others: list[torch.Tensor] = []
+        for tensor in tensors:
+            (symmetric if self.may_be_in_symmetric_pool(tensor) else others).append(tensor)
+        if self._parked_handles:
+            StreamHandle.unpark(self._parked_handles)
+        return StreamHandle(stream, others, symmetric, self._parked_handles)
 
     def may_be_in_symmetric_pool(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` was allocated in the symmetric pool, whichever group has a window.

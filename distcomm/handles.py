@@ -43,8 +43,8 @@ class StreamHandle:
         self,
         stream: torch.cuda.Stream,
         tensors: Sequence[torch.Tensor],
-        symmetric: Sequence[torch.Tensor] = (),
-        parked: list[StreamHandle] | None = None,
+        symmetric: Sequence[torch.Tensor],
+        parked: list[StreamHandle],
     ) -> None:
         self._device = stream.device
         self._event = stream.record_event()
@@ -84,7 +84,7 @@ class StreamHandle:
         with torch.cuda.stream(self._caller):
             if not torch.cuda.is_current_stream_capturing():
                 self._caller.wait_event(self._event)
-            elif self._parked is not None:
+            else:
                 self._parked.append(copy(self))  # this one is about to go
 
 

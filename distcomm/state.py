@@ -242,7 +242,6 @@ class ParallelState:
         except DistcommError as error:
             problem = str(error)
         self._pass("symmetric/windows", problem)
-        pool.heap.settle()  # what the probes of peer memory have used
 
     def _log_known_issues(self) -> None:
         if self.rank == 0 and self._job.issues is not None:

@@ -16,7 +16,7 @@ __all__ = ["conditions", "write_result"]
 
 def conditions(state: ParallelState) -> dict[str, Any]:
     """Hardware and versions, as JSON values. Needs a CUDA job."""
-    nccl = state.world.pynccl_comm.library if state.world.pynccl_comm else None
+    nccl = state.world.pynccl_comm.nccl if state.world.pynccl_comm else None
     return {
         "gpu": torch.cuda.get_device_name(state.device),
         "world_size": state.world_size,

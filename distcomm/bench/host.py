@@ -90,7 +90,7 @@ def _check(all_reduce: Callable[[torch.Tensor], torch.Tensor], state: ParallelSt
 def _bare_call(comm: PyNcclCommunicator, x: torch.Tensor) -> Callable[[], object]:
     """The C call with every argument converted beforehand: the floor for any Python wrapper."""
     type_code, op_code = REDUCTION_CODES[x.dtype, "sum"]
-    function = comm.library.ncclAllReduce
+    function = comm.nccl.ncclAllReduce
     pointer, stream = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(comm._stream())
     count, handle = ctypes.c_size_t(x.numel()), ctypes.c_void_p(comm._comm)
     return lambda: function(pointer, pointer, count, type_code, op_code, handle, stream)

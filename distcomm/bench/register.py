@@ -41,7 +41,7 @@ def run_register(state: ParallelState, *, num_rounds: int = 25) -> dict[str, Any
             if not heap.reserve(ALIGNMENT):
                 raise SystemExit(f"no memory: {heap.take_failure()}")
         code, _ = heap.register_new(comm.handle, heap.next_ordinal())
-        comm.library.check("ncclCommWindowRegister", code, comm=comm.handle)
+        comm.nccl.check("ncclCommWindowRegister", code, comm=comm.handle)
         with torch.cuda.use_mem_pool(pool):
             while len(tensors) < 2 * num_segments:
                 tensors.append(torch.empty(_SMALL, dtype=torch.uint8, device=state.device))
@@ -63,8 +63,8 @@ def run_register(state: ParallelState, *, num_rounds: int = 25) -> dict[str, Any
             }
         )
     comm.close()
-    library = comm.library.version_text
-    return {"conditions": {**conditions(state), "nccl": library}, "rows": rows}
+    version = comm.nccl.version_text
+    return {"conditions": {**conditions(state), "nccl": version}, "rows": rows}
 
 
 def format_register(result: dict[str, Any]) -> str:

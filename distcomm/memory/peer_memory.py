@@ -125,7 +125,7 @@ class PeerMemory:
 
     def learn(self, place: HeapLocation) -> None:
         """Looks at a new window. Not during a capture: it reads device memory."""
-        if not self._comm.library.supports("peer_pointer"):
+        if not self._comm.nccl.supports("peer_pointer"):
             self._layouts[place.ordinal] = self._read_layout(place.window)
 
     def addresses(self, place: HeapLocation) -> list[int | None]:
@@ -138,10 +138,10 @@ class PeerMemory:
     # ---- inside -----------------------------------------------------------------------------
 
     def _address(self, place: HeapLocation, rank: int) -> int | None:
-        library = self._comm.library
-        if library.supports("peer_pointer"):
+        nccl = self._comm.nccl
+        if nccl.supports("peer_pointer"):
             pointer = c_void_p()
-            code = library.ncclGetPeerDevicePointer(
+            code = nccl.ncclGetPeerDevicePointer(
                 place.window, place.offset, rank, ctypes.byref(pointer)
             )
             return (pointer.value or None) if code == 0 else None
@@ -149,7 +149,7 @@ class PeerMemory:
         return None if layout is None else layout.address(rank, place.offset)
 
     def _read_layout(self, window: int) -> WindowLayout | None:
-        if not _LAYOUT_SINCE <= self._comm.library.version < _LAYOUT_UNTIL:
+        if not _LAYOUT_SINCE <= self._comm.nccl.version < _LAYOUT_UNTIL:
             return None
         raw = ctypes.create_string_buffer(ctypes.sizeof(_WindowStruct))
         if self._comm.native.functions.distcomm_read_device(raw, window, len(raw)):
@@ -158,7 +158,7 @@ class PeerMemory:
 
     def _first_rank(self, ordinal: int) -> int:
         """The same for all ranks that can reach each other."""
-        if self._comm.library.supports("peer_pointer"):
+        if self._comm.nccl.supports("peer_pointer"):
             return 0  # NCCL itself says who is within reach
         layout = self._layouts[ordinal]
         if layout is None:
@@ -246,6 +246,8 @@ class PeerMemory:
         """Copies (to, from, bytes), within the timeout."""
         device = self._comm.device
         copy = self._comm.native.functions.distcomm_copy_async
+        # Not a stream of its own: torch hands out a few in turn, and which one a rank gets next
+        # must not depend on what groups it is in.
         stream = torch.cuda.current_stream(device)
         for to, source, num_bytes in copies:
             code = copy(to, source, num_bytes, stream.cuda_stream)

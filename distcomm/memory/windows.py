@@ -337,7 +337,7 @@ class GroupWindows:
             ]
             raise self._mismatch("NCCL didn't register on all ranks", texts, odd)
         if any(report["null"] for report in reports if report is not None):
-            self.unsupported = f"NCCL {self.comm.library.version_text} gives no windows here"
+            self.unsupported = f"NCCL {self.comm.nccl.version_text} gives no windows here"
             self._heap.release_comm(self.comm.handle)
             logger.warning("symmetric memory is off: %s [%s]", self.unsupported, self.member)
 

@@ -112,7 +112,7 @@ class PyNcclCommunicator(NcclConnection):
             self._keep(out)
         if x.numel():
             receive = out.data_ptr() if out is not None else 0
-            code = self.library.ncclReduce(
+            code = self.nccl.ncclReduce(
                 x.data_ptr(), receive, x.numel(), *codes, dst, self._comm, self._stream()
             )
             self._check("ncclReduce", code)
@@ -275,7 +275,7 @@ class PyNcclCommunicator(NcclConnection):
             )
         if buffer.numel():
             pointer = buffer.data_ptr()
-            code = self.library.ncclBroadcast(
+            code = self.nccl.ncclBroadcast(
                 pointer, pointer, buffer.nbytes, _BYTES, src, self._comm, self._stream()
             )
             self._check("ncclBroadcast", code)
@@ -310,7 +310,7 @@ class PyNcclCommunicator(NcclConnection):
         check_peer("send", "dst", dst, self.member, other=True)
         x = self._input("send", "x", x)
         if x.numel():
-            code = self.library.ncclSend(
+            code = self.nccl.ncclSend(
                 x.data_ptr(), x.nbytes, _BYTES, dst, self._comm, self._stream()
             )
             self._check("ncclSend", code)
@@ -321,7 +321,7 @@ class PyNcclCommunicator(NcclConnection):
         self._input("recv", "out", out)
         check_output("recv", "out", out, [out.shape], out, self.member)
         if out.numel():
-            code = self.library.ncclRecv(
+            code = self.nccl.ncclRecv(
                 out.data_ptr(), out.nbytes, _BYTES, src, self._comm, self._stream()
             )
             self._check("ncclRecv", code)

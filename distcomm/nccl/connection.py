@@ -47,7 +47,7 @@ class NcclConnection:
             collective among them, and fails on all of them if it fails on one.
         device: where this rank's tensors are.
         name: the group's name, for errors.
-        library: the libnccl to use; by default a new `NcclLibrary()`.
+        nccl: the libnccl to use; by default a new `NcclLibrary()`.
         timeout_s: seconds that construction and `close()` may each take.
 
     Raises:
@@ -60,7 +60,7 @@ class NcclConnection:
         device: torch.device | str | int,
         *,
         name: str = "pynccl",
-        library: NcclLibrary | None = None,
+        nccl: NcclLibrary | None = None,
         timeout_s: float = 300.0,
     ) -> None:
         self.member = member_of(cpu_group, name)
@@ -83,7 +83,7 @@ class NcclConnection:
             # With its index, because the threads started here have another current device.
             self.device = torch.device("cuda", self._device_index)
             self._raw_stream = torch._C._cuda_getCurrentRawStream
-        self._comm = self._connect(cpu_group, library)
+        self._comm = self._connect(cpu_group, nccl)
         self._choose_functions()
         self._direct: DirectCall | None = None
         self._refresh()
@@ -145,7 +145,7 @@ class NcclConnection:
             yield
             return
         self._refuse_unless_usable("group")
-        self.library.check("ncclGroupStart", self.library.ncclGroupStart(), member=self.member)
+        self.nccl.check("ncclGroupStart", self.nccl.ncclGroupStart(), member=self.member)
         self._grouped = []
         self._refresh()
         try:
@@ -167,14 +167,14 @@ class NcclConnection:
         self._closed = True
         self._refresh()
         comm, self._comm = self._comm, 0
-        free = self.library.ncclCommDestroy
+        free = self.nccl.ncclCommDestroy
         try:
             self.run_bounded(self._wait_for_device, self._timeout_s, "the work under way")
         except (TimeoutError, RuntimeError) as error:
             logger.warning("close: %s; aborting the communicator [%s]", error, self.member)
             self._given_up = True
         if self._given_up:
-            free = self.library.ncclCommAbort
+            free = self.nccl.ncclCommAbort
         if not self._call_back(comm, orderly=not self._given_up):
             return  # somebody may still be using it
         try:
@@ -227,9 +227,9 @@ class NcclConnection:
 
     def _choose_functions(self) -> None:
         """Of the three collectives for which NCCL has symmetric kernels."""
-        self._all_reduce = self.library.ncclAllReduce
-        self._all_gather = self.library.ncclAllGather
-        self._reduce_scatter = self.library.ncclReduceScatter
+        self._all_reduce = self.nccl.ncclAllReduce
+        self._all_gather = self.nccl.ncclAllGather
+        self._reduce_scatter = self.nccl.ncclReduceScatter
         if self._fenced:
             native, symbols = self.native.functions, self.native.symbols
             self._all_reduce = partial(native.distcomm_fenced_all_reduce, symbols)
@@ -242,22 +242,22 @@ class NcclConnection:
             native, symbols = self.native.functions, self.native.symbols
             code = native.distcomm_fenced_group_end(symbols, self._stream())
         else:
-            code = self.library.ncclGroupEnd()
+            code = self.nccl.ncclGroupEnd()
         self._grouped = None
         self._refresh()
         return code
 
-    def _connect(self, cpu_group: dist.ProcessGroup, library: NcclLibrary | None) -> int:
+    def _connect(self, cpu_group: dist.ProcessGroup, nccl: NcclLibrary | None) -> int:
         """Makes the communicator on every rank, or raises the same error on every rank."""
         channel = ObjectChannel(self.member, cpu_group)
         what = f"making the NCCL communicator of group '{self.member.name}' failed"
         unique_id, failure = b"", None
         try:
-            self.library = library or NcclLibrary()
-            self.native = NativeNccl(self.library.path)
+            self.nccl = nccl or NcclLibrary()
+            self.native = NativeNccl(self.nccl.path)
             self._ragged = RaggedCollectives(self.native)
             if self.member.rank_in_group == 0:
-                unique_id = self.library.new_unique_id()
+                unique_id = self.nccl.new_unique_id()
         except Exception as error:  # noqa: BLE001 - whatever it is, all ranks are told
             failure = str(error)
         channel.agree(what, failure)
@@ -266,7 +266,7 @@ class NcclConnection:
         # A rank whose ncclCommInitRank fails would leave the others waiting inside theirs, so it
         # raises an alarm in the store, at which they look while they wait.
         store, alarm = process_group_store(cpu_group), f"nccl_alarm/{unique_id.hex()}"
-        attempt = Attempt(self.library)
+        attempt = Attempt(self.nccl)
 
         def look_for_alarm() -> None:
             if store.check([alarm]):
@@ -302,18 +302,18 @@ class NcclConnection:
         stream = self._raw_stream(self._device_index)
         element = torch.ones(1, device=self.device)
         codes = REDUCTION_CODES[element.dtype, "sum"]
-        library, member = self.library, self.member
+        nccl, member = self.nccl, self.member
 
         def initialize() -> None:
             comm = ctypes.c_void_p()
-            code = library.ncclCommInitRank(
+            code = nccl.ncclCommInitRank(
                 ctypes.byref(comm), member.world_size, unique_id, member.rank_in_group
             )
-            library.check("ncclCommInitRank", code, member=member)
+            nccl.check("ncclCommInitRank", code, member=member)
             attempt.made(comm.value or 0)
             pointer = element.data_ptr()
-            code = library.ncclAllReduce(pointer, pointer, 1, *codes, comm, stream)
-            library.check("ncclAllReduce", code, comm=comm.value, member=member)
+            code = nccl.ncclAllReduce(pointer, pointer, 1, *codes, comm, stream)
+            nccl.check("ncclAllReduce", code, comm=comm.value, member=member)
             self._wait_for_device()
             total = element.item()
             if total != member.world_size:
@@ -354,7 +354,7 @@ class NcclConnection:
 
     def _check(self, call: str, code: int) -> None:
         if code:
-            self.library.check(call, code, comm=self._comm, member=self.member)
+            self.nccl.check(call, code, comm=self._comm, member=self.member)
 
     def _stream(self) -> int:
         return self._raw_stream(self._device_index)

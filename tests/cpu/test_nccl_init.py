@@ -309,7 +309,7 @@ def test_close_frees_without_a_word(ranks: WorkerPool) -> None:
 
 def close_while_destroy_hangs(rank: int, world_size: int, url: str) -> list[str]:
     with communicator(rank, world_size, url) as comm, warnings_of_close() as texts:
-        destroy = comm.library.ncclCommDestroy
+        destroy = comm.nccl.ncclCommDestroy
         released = threading.Event()
 
         def held(handle: int) -> int:
@@ -318,7 +318,7 @@ def close_while_destroy_hangs(rank: int, world_size: int, url: str) -> list[str]
             return code
 
         held.__name__ = "ncclCommDestroy"
-        comm.library.ncclCommDestroy = held  # type: ignore[method-assign]
+        comm.nccl.ncclCommDestroy = held  # type: ignore[method-assign]
         start = time.monotonic()
         comm.close()
         comm.close()
