@@ -18,8 +18,9 @@ NATIVE := distcomm/libdistcomm_native.so
 NATIVE_SOURCES := $(wildcard distcomm/csrc/*)
 JOBS ?= 2
 BENCH ?= host
+NUM_GPUS ?= 2
 
-.PHONY: help setup build demo test test-csrc test-gpu lint format bench clean
+.PHONY: help setup build demo test test-csrc test-gpu test-simulated lint format bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +54,9 @@ test-csrc:  ## The C++ tests, under AddressSanitizer and ThreadSanitizer
 
 test-gpu: build  ## The GPU test suite with the current python3, on all GPUs of the machine
 	PYTHONPATH=. $(BASE_PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider $(ARGS)
+
+test-simulated:  ## The GPU test suite on simulated GPUs, NUM_GPUS=2; see tests/simulated_gpu/README.md
+	scripts/simulated_gpu.sh $(NUM_GPUS) python -m pytest tests/gpu -m gpu -p no:cacheprovider $(ARGS)
 
 lint: setup  ## ruff, mypy, and the direction of imports
 	$(VENV)/bin/ruff check .
