@@ -31,6 +31,13 @@ CudaDriver open_driver() {
   resolve(library, "cuCtxSynchronize", driver.ctx_synchronize);
   resolve(library, "cuMemcpyDtoH_v2", driver.memcpy_dtoh);
   resolve(library, "cuMemcpyAsync", driver.memcpy_async);
+  resolve(library, "cuMemAddressReserve", driver.mem_address_reserve);
+  resolve(library, "cuMemGetAddressRange_v2", driver.mem_get_address_range);
+  resolve(library, "cuMemRetainAllocationHandle", driver.mem_retain_allocation_handle);
+  resolve(library, "cuMemRelease", driver.mem_release);
+  resolve(library, "cuMemMap", driver.mem_map);
+  resolve(library, "cuMemSetAccess", driver.mem_set_access);
+  resolve(library, "cuMemUnmap", driver.mem_unmap);
   return driver;
 }
 
@@ -50,6 +57,14 @@ bool CudaDriver::has_edge_data() const {
          graph_add_dependencies != nullptr && graph_remove_dependencies != nullptr;
 }
 
+bool CudaDriver::can_map() const {
+  return device_primary_ctx_retain != nullptr && ctx_push_current != nullptr &&
+         ctx_pop_current != nullptr && mem_address_reserve != nullptr &&
+         mem_get_address_range != nullptr && mem_retain_allocation_handle != nullptr &&
+         mem_release != nullptr && mem_map != nullptr && mem_set_access != nullptr &&
+         mem_unmap != nullptr;
+}
+
 const CudaDriver& cuda_driver() {
   static const CudaDriver driver = open_driver();
   return driver;
@@ -61,15 +76,23 @@ bool is_capturing(const CudaDriver& driver, CudaStream stream) {
   return driver.stream_is_capturing(stream, &status) != kCudaSuccess || status != 0;
 }
 
+CudaContext::CudaContext(const CudaDriver& driver, int device) : driver_(driver) {
+  if (driver.device_primary_ctx_retain == nullptr) return;
+  // Retained once more each time, which costs a counter.
+  void* context = nullptr;
+  current_ = driver.device_primary_ctx_retain(&context, device) == kCudaSuccess &&
+             driver.ctx_push_current(context) == kCudaSuccess;
+}
+
+CudaContext::~CudaContext() {
+  void* context = nullptr;
+  if (current_) driver_.ctx_pop_current(&context);
+}
+
 bool synchronize(const CudaDriver& driver, int device) {
   if (driver.ctx_synchronize == nullptr) return true;  // no driver, hence no work
-  // torch uses the primary context. Retained once more on each call, which costs a counter.
-  void* context = nullptr;
-  if (driver.device_primary_ctx_retain(&context, device) != kCudaSuccess) return false;
-  if (driver.ctx_push_current(context) != kCudaSuccess) return false;
-  const CudaResult result = driver.ctx_synchronize();
-  driver.ctx_pop_current(&context);
-  return result == kCudaSuccess;
+  const CudaContext context(driver, device);
+  return context.is_current() && driver.ctx_synchronize() == kCudaSuccess;
 }
 
 }  // namespace distcomm

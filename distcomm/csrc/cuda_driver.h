@@ -12,7 +12,8 @@ using CudaGraph = void*;
 using CudaGraphNode = void*;
 using CudaUserObject = void*;
 using DevicePointer = unsigned long long;
-using CudaResult = int;  // CUresult: 0 is success
+using CudaMemory = unsigned long long;  // CUmemGenericAllocationHandle
+using CudaResult = int;                 // CUresult: 0 is success
 
 inline constexpr CudaResult kCudaSuccess = 0;
 
@@ -21,6 +22,12 @@ struct CudaEdgeData {  // CUgraphEdgeData
   unsigned char to_port;
   unsigned char type;
   unsigned char reserved[5];
+};
+
+struct CudaMemAccess {  // CUmemAccessDesc
+  int location_type;
+  int location_id;
+  int flags;
 };
 
 // Signatures are those of cuda.h, of the first version of each function that distcomm needs:
@@ -48,11 +55,21 @@ struct CudaDriver {
   CudaResult (*ctx_synchronize)() = nullptr;
   CudaResult (*memcpy_dtoh)(void*, DevicePointer, size_t) = nullptr;
   CudaResult (*memcpy_async)(DevicePointer, DevicePointer, size_t, CudaStream) = nullptr;
+  CudaResult (*mem_address_reserve)(DevicePointer*, size_t, size_t, DevicePointer,
+                                    unsigned long long) = nullptr;
+  CudaResult (*mem_get_address_range)(DevicePointer*, size_t*, DevicePointer) = nullptr;
+  CudaResult (*mem_retain_allocation_handle)(CudaMemory*, void*) = nullptr;
+  CudaResult (*mem_release)(CudaMemory) = nullptr;
+  CudaResult (*mem_map)(DevicePointer, size_t, size_t, CudaMemory, unsigned long long) = nullptr;
+  CudaResult (*mem_set_access)(DevicePointer, size_t, const CudaMemAccess*, size_t) = nullptr;
+  CudaResult (*mem_unmap)(DevicePointer, size_t) = nullptr;
 
-  // Whether there is a driver, with all functions but those that graphs with edge data need.
+  // Whether there is a driver, with all functions but those that only the two below need.
   bool complete() const;
   // Whether it has those too. Before CUDA 12.3 graphs had no programmatic edges.
   bool has_edge_data() const;
+  // Whether it has what it takes to map memory at addresses of one's choice.
+  bool can_map() const;
 };
 
 // This process's driver, looked for once.
@@ -61,6 +78,22 @@ const CudaDriver& cuda_driver();
 // Whether work given to `stream` is captured into a graph. True also when the driver can't tell,
 // as it can't of the default stream while another one is captured.
 bool is_capturing(const CudaDriver& driver, CudaStream stream);
+
+// While one lives, a device's primary context, which torch uses, is this thread's current one.
+class CudaContext {
+ public:
+  CudaContext(const CudaDriver& driver, int device);
+  ~CudaContext();
+  CudaContext(const CudaContext&) = delete;
+  CudaContext& operator=(const CudaContext&) = delete;
+
+  // False where there is no driver, or the device can't be used.
+  bool is_current() const { return current_; }
+
+ private:
+  const CudaDriver& driver_;
+  bool current_ = false;
+};
 
 // Waits for all work on a device. False if that isn't possible now, as while a graph is captured.
 bool synchronize(const CudaDriver& driver, int device);

@@ -39,12 +39,12 @@ class RelaxedCapture {
 }  // namespace
 
 SegmentHeap::SegmentHeap(const NcclSymbols& nccl, const CudaDriver& driver, int device,
-                         size_t chunk_bytes, size_t num_tries)
+                         size_t chunk_bytes)
     : nccl_(nccl),
       driver_(driver),
       device_(device),
       chunk_bytes_(rounded_up(chunk_bytes)),
-      num_tries_(num_tries) {}
+      memory_(nccl, driver, device) {}
 
 void* SegmentHeap::alloc(size_t size, CudaStream stream) {
   // Asked before the lock is taken: the driver has locks of its own.
@@ -225,44 +225,22 @@ HeapStats SegmentHeap::stats() {
 
 // ---- With the lock held.
 
-void* SegmentHeap::nccl_alloc(size_t size) {
-  void* memory = nullptr;
-  const NcclResult result = nccl_.mem_alloc(&memory, size);
-  if (result == kNcclSuccess && memory != nullptr) return memory;
-  // What a failed call has written to `memory` means nothing.
-  ++counters_.failed_allocations;
-  fail(FailureKind::kNccl, size, result != kNcclSuccess ? result : kNcclUnhandledCudaError,
-       nccl_text("ncclMemAlloc", result));
-  return nullptr;
-}
-
-// Above all that there is, so that memory is in the order of its making on every rank: torch
-// chooses between free blocks of one size by their addresses. What NCCL puts into a gap below is
-// held back while it is asked again; if that is of no use, the latest is taken after all.
-void* SegmentHeap::alloc_above(size_t size) {
+void* SegmentHeap::make_memory(size_t size) {
   const void* top = by_base_.empty() ? nullptr : by_base_.rbegin()->first;
   if (!ordinary_.empty()) top = std::max<const void*>(top, ordinary_.rbegin()->first);
-  void* memory = nccl_alloc(size);
-  std::vector<void*> below;
-  while (memory != nullptr && memory < top && below.size() < num_tries_) {
-    below.push_back(memory);
-    memory = nullptr;
-    if (nccl_.mem_alloc(&memory, size) != kNcclSuccess) memory = nullptr;
-  }
-  if (below.empty()) return memory;
+  NcclResult result = kNcclSuccess;
+  void* const memory = memory_.alloc(size, &result);
   if (memory == nullptr) {
-    memory = below.back();
-    below.pop_back();
-  }
-  counters_.out_of_order += memory < top;
-  for (void* const unused : below) {
-    if (nccl_.mem_free(unused) != kNcclSuccess) ++counters_.failed_releases;
+    ++counters_.failed_allocations;
+    fail(FailureKind::kNccl, size, result, nccl_text("ncclMemAlloc", result));
+  } else {
+    counters_.out_of_order += memory < top;
   }
   return memory;
 }
 
 bool SegmentHeap::make_segment(size_t size, SegmentKind kind) {
-  char* const base = static_cast<char*>(alloc_above(size));
+  char* const base = static_cast<char*>(make_memory(size));
   if (base == nullptr) return false;
   const int64_t ordinal = next_ordinal_++;
   ++counters_.segments_made;
@@ -274,7 +252,7 @@ bool SegmentHeap::make_segment(size_t size, SegmentKind kind) {
 
 void* SegmentHeap::alloc_ordinary(size_t size) {
   const RelaxedCapture relaxed(driver_);
-  void* const memory = alloc_above(size);
+  void* const memory = make_memory(size);
   if (memory == nullptr) return nullptr;
   ordinary_[memory] = size;
   counters_.ordinary_bytes += static_cast<int64_t>(size);
@@ -314,7 +292,7 @@ bool SegmentHeap::free_ordinary(void* pointer) {
   if (found == ordinary_.end()) return false;
   counters_.ordinary_bytes -= static_cast<int64_t>(found->second);
   ordinary_.erase(found);
-  if (nccl_.mem_free(pointer) != kNcclSuccess) ++counters_.failed_releases;
+  if (memory_.free(pointer) != kNcclSuccess) ++counters_.failed_releases;
   return true;
 }
 
@@ -341,7 +319,7 @@ void SegmentHeap::release_if_empty(int64_t ordinal) {
     const NcclResult ended = end_window(comm, *record, ordinal);
     if (result == kNcclSuccess) result = ended;
   }
-  if (result == kNcclSuccess) result = nccl_.mem_free(segment.base);
+  if (result == kNcclSuccess) result = memory_.free(segment.base);
   if (result != kNcclSuccess) {
     // It has lost some of its windows, so it isn't used again; trim() tries once more.
     ++counters_.failed_releases;

@@ -15,6 +15,7 @@
 
 #include "cuda_driver.h"
 #include "nccl_symbols.h"
+#include "ordered_memory.h"
 #include "range_allocator.h"
 
 namespace distcomm {
@@ -70,17 +71,15 @@ struct HeapStats {
   int64_t registrations;
   int64_t failed_releases;
   int64_t unknown_frees;
-  int64_t out_of_order;  // memory that lies below older memory, see alloc_above()
+  int64_t out_of_order;  // memory that lies below older memory all the same
 };
 
 // Every method is thread-safe. Nothing but register_new() waits for other ranks, and that one
 // holds no lock meanwhile.
 class SegmentHeap {
  public:
-  // `nccl` must have the functions for memory and windows, and outlive the heap. `num_tries`: how
-  // often memory that lies below older memory is put back for another try.
-  SegmentHeap(const NcclSymbols& nccl, const CudaDriver& driver, int device, size_t chunk_bytes,
-              size_t num_tries = 4);
+  // `nccl` must have the functions for memory and windows, and outlive the heap.
+  SegmentHeap(const NcclSymbols& nccl, const CudaDriver& driver, int device, size_t chunk_bytes);
 
   int device() const { return device_; }
 
@@ -170,8 +169,7 @@ class SegmentHeap {
   std::optional<Range> take(size_t size);
 
   // All of these need the lock.
-  void* nccl_alloc(size_t size);
-  void* alloc_above(size_t size);
+  void* make_memory(size_t size);
   bool make_segment(size_t size, SegmentKind kind);
   void* alloc_ordinary(size_t size);
   bool free_ordinary(void* pointer);
@@ -192,13 +190,13 @@ class SegmentHeap {
   const CudaDriver& driver_;
   const int device_;
   const size_t chunk_bytes_;
-  const size_t num_tries_;
 
   std::mutex mutex_;  // guards all below
   bool frozen_ = false;
   bool shut_down_ = false;
   bool defers_frees_ = false;
   int64_t next_ordinal_ = 0;
+  OrderedMemory memory_;
   RangeAllocator ranges_;
   std::map<int64_t, Segment> segments_;
   std::map<const char*, int64_t> by_base_;

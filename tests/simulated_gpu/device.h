@@ -161,3 +161,8 @@ SIMULATED_API int simulated_enqueue(void* stream, void (*work)(void*), void* dat
 SIMULATED_API int simulated_is_capturing(void* stream);
 SIMULATED_API int simulated_take_bytes(size_t num_bytes);
 SIMULATED_API void simulated_give_back_bytes(size_t num_bytes);
+// NCCL's memory, which the driver can map a second time; and NCCL's address of a pointer into it,
+// or else the pointer itself.
+SIMULATED_API void simulated_note_nccl_memory(void* memory, size_t size, int file);
+SIMULATED_API void simulated_forget_nccl_memory(void* memory);
+SIMULATED_API void* simulated_nccl_address(const void* pointer);

@@ -26,6 +26,9 @@ int simulated_enqueue(void* stream, void (*work)(void*), void* data, int program
 int simulated_is_capturing(void* stream);
 int simulated_take_bytes(size_t num_bytes);
 void simulated_give_back_bytes(size_t num_bytes);
+void simulated_note_nccl_memory(void* memory, size_t size, int file);
+void simulated_forget_nccl_memory(void* memory);
+void* simulated_nccl_address(const void* pointer);
 }
 
 namespace {
@@ -102,7 +105,7 @@ thread_local std::vector<Call> group;
 
 bool is_symmetric(const void* pointer) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  const auto address = reinterpret_cast<uintptr_t>(simulated_nccl_address(pointer));
   auto after = memories.upper_bound(address);
   if (after == memories.begin()) return false;
   --after;
@@ -376,6 +379,7 @@ NCCL_API Result ncclMemAlloc(void** memory, size_t num_bytes) {
   }
   const std::lock_guard<std::mutex> lock(mutex);
   memories[reinterpret_cast<uintptr_t>(*memory)] = {size, file};
+  simulated_note_nccl_memory(*memory, size, file);
   return kSuccess;
 }
 
@@ -385,6 +389,7 @@ NCCL_API Result ncclMemFree(void* memory) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto freed = memories.find(reinterpret_cast<uintptr_t>(memory));
   if (freed == memories.end()) return kSuccess;
+  simulated_forget_nccl_memory(memory);
   close(freed->second.file);
   simulated_give_back_bytes(freed->second.size);
   memories.erase(freed);
@@ -395,6 +400,7 @@ NCCL_API Result ncclCommWindowRegister(void* comm, void* memory, size_t num_byte
                                        int flags) {
   // NCCL registers over a channel of its own, the stand-in over that of the collectives.
   wait_for_calls(comm);
+  memory = simulated_nccl_address(memory);
   const Result result =
       stand_in("ncclCommWindowRegister", comm, memory, num_bytes, handle, flags);
   if (result != kSuccess || *handle == nullptr) return result;

@@ -1,4 +1,5 @@
-// Virtual memory, which torch's expandable segments use: physical memory is a file.
+// Virtual memory: physical memory is a file. torch's expandable segments are made of it, and
+// NCCL's memory is mapped a second time.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,12 +17,23 @@ struct Physical {
   int file;
   size_t size;
   int references;
+  uintptr_t of_nccl;  // NCCL's address, whose bytes NCCL counts; 0 for memory of the driver
 };
 
 struct Mapping {
   size_t size;
   Physical* physical;
 };
+
+struct NcclMemory {
+  size_t size;
+  int file;
+};
+
+std::map<uintptr_t, NcclMemory>& nccl_memories() {
+  static auto* const memories = new std::map<uintptr_t, NcclMemory>;
+  return *memories;
+}
 
 std::map<uintptr_t, Mapping>& mappings() {
   static auto* const mappings = new std::map<uintptr_t, Mapping>;
@@ -31,7 +43,7 @@ std::map<uintptr_t, Mapping>& mappings() {
 void release(Physical* physical) {
   if (--physical->references > 0) return;
   close(physical->file);
-  give_back_bytes(physical->size);
+  if (physical->of_nccl == 0) give_back_bytes(physical->size);
   delete physical;
 }
 
@@ -49,6 +61,50 @@ bool is_mapped(uintptr_t start, size_t size) {
 }
 
 }  // namespace
+
+SIMULATED_API void simulated_note_nccl_memory(void* memory, size_t size, int file) {
+  const Lock lock(mutex());
+  nccl_memories()[reinterpret_cast<uintptr_t>(memory)] = {size, file};
+}
+
+SIMULATED_API void simulated_forget_nccl_memory(void* memory) {
+  const Lock lock(mutex());
+  nccl_memories().erase(reinterpret_cast<uintptr_t>(memory));
+}
+
+SIMULATED_API void* simulated_nccl_address(const void* pointer) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  const Lock lock(mutex());
+  auto after = mappings().upper_bound(address);
+  if (after != mappings().begin()) {
+    const auto& [begin, mapping] = *--after;
+    const uintptr_t first = mapping.physical->of_nccl;
+    if (first != 0 && address < begin + mapping.size) {
+      return reinterpret_cast<void*>(first + (address - begin));
+    }
+  }
+  return const_cast<void*>(pointer);
+}
+
+SIMULATED_API int cuMemGetAddressRange_v2(unsigned long long* base, size_t* size,
+                                          unsigned long long pointer) {
+  const Lock lock(mutex());
+  const auto found = nccl_memories().find(pointer);
+  if (found == nccl_memories().end()) return cudaErrorInvalidValue;
+  *base = found->first;
+  *size = found->second.size;
+  return cudaSuccess;
+}
+
+SIMULATED_API int cuMemRetainAllocationHandle(unsigned long long* handle, void* memory) {
+  const Lock lock(mutex());
+  const auto found = nccl_memories().find(reinterpret_cast<uintptr_t>(memory));
+  if (found == nccl_memories().end()) return cudaErrorInvalidValue;
+  const auto& [address, of_nccl] = *found;
+  *handle = reinterpret_cast<uintptr_t>(
+      new Physical{dup(of_nccl.file), of_nccl.size, 1, address});
+  return cudaSuccess;
+}
 
 SIMULATED_API int cuMemGetAllocationGranularity(size_t* granularity, const void*, int) {
   *granularity = kGranularity;
@@ -79,7 +135,7 @@ SIMULATED_API int cuMemCreate(unsigned long long* handle, size_t size, const voi
     give_back_bytes(size);
     return cudaErrorMemoryAllocation;
   }
-  *handle = reinterpret_cast<uintptr_t>(new Physical{file, size, 1});
+  *handle = reinterpret_cast<uintptr_t>(new Physical{file, size, 1, 0});
   return cudaSuccess;
 }
 

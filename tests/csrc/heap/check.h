@@ -39,6 +39,7 @@ struct Test {
 // The tests of each file, in the order in which they run.
 std::vector<Test> range_tests();
 std::vector<Test> alloc_tests();
+std::vector<Test> order_tests();
 std::vector<Test> pending_tests();
 std::vector<Test> window_tests();
 std::vector<Test> pin_tests();

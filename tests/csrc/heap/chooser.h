@@ -68,7 +68,7 @@ class Chooser {
       op.failing_comm = static_cast<int>(below(kNumComms + 1)) - 1;
     }
     op.null_windows = one_in(10);
-    if (one_in(10)) op.failing_step = static_cast<fake::WaitStep>(1 + below(3));
+    if (one_in(10)) op.failing_step = static_cast<fake::Step>(1 + below(3));
     return op;
   }
 

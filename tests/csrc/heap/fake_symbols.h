@@ -35,8 +35,8 @@ constexpr int kDevice = 3;  // the only one
 constexpr NcclResult kAborted = 6;
 
 enum Call { kAlloc, kFree, kRegister, kDeregister, kNumCalls };
-// What a wait for the device takes; kNoStep is none of it.
-enum WaitStep { kNoStep, kRetain, kPush, kSync };
+// What a wait for the device takes, and a mapping of memory; kNoStep is none of it.
+enum Step { kNoStep, kRetain, kPush, kSync, kReserve, kRange, kHandle, kMap, kAccess, kUnmap };
 
 class Fake {
  public:
@@ -72,8 +72,8 @@ class Fake {
   void give_null_memory(bool on) { null_memory_ = on; }
   void set_jitter(bool on) { jitter_ = on; }
 
-  // From now on this step of each wait for the device fails.
-  void fail_wait_at(WaitStep step) { failing_step_ = step; }
+  // From now on this step of each wait for the device, or each mapping, fails.
+  void fail_at(Step step) { failing_step_ = step; }
 
   void block_registration(int nth) {
     const Lock lock(mutex_);
@@ -127,6 +127,8 @@ class Fake {
   int num_waits() const { return num_retains_; }
   int num_syncs() const { return num_syncs_; }
   size_t num_memory() const { return locked([&] { return memory_.size(); }); }
+  size_t num_mappings() const { return locked([&] { return mappings_.size(); }); }
+  size_t num_handles() const { return locked([&] { return num_handles_; }); }
   size_t num_windows() const { return locked([&] { return windows_.size(); }); }
   void* last_memory() const { return locked([&] { return last_memory_; }); }
   // The capture mode of the thread that asked for memory last, when it did.
@@ -177,6 +179,33 @@ class Fake {
     table.ctx_synchronize = [] { return current().synchronize(); };
     return table;
   }
+
+  // One that can also map memory at another address.
+  static CudaDriver mapping_driver() {
+    CudaDriver table = driver();
+    table.mem_address_reserve = [](DevicePointer* pointer, size_t, size_t, DevicePointer,
+                                   unsigned long long) {
+      *pointer = kSecond;
+      return current().step_result(kReserve);
+    };
+    table.mem_get_address_range = [](DevicePointer* base, size_t* size, DevicePointer pointer) {
+      return current().address_range(base, size, pointer);
+    };
+    table.mem_retain_allocation_handle = [](CudaMemory* handle, void* memory) {
+      return current().retain_handle(handle, memory);
+    };
+    table.mem_release = [](CudaMemory) { return current().release_handle(); };
+    table.mem_map = [](DevicePointer pointer, size_t size, size_t, CudaMemory handle,
+                       unsigned long long) { return current().map(pointer, size, handle); };
+    table.mem_set_access = [](DevicePointer, size_t, const CudaMemAccess* access, size_t count) {
+      return current().set_access(*access, count);
+    };
+    table.mem_unmap = [](DevicePointer pointer, size_t size) {
+      return current().unmap(pointer, size);
+    };
+    return table;
+  }
+  static constexpr uintptr_t kSecond = uintptr_t{1} << 46;  // where such mappings begin
 
  private:
   using Lock = std::lock_guard<std::mutex>;
@@ -234,18 +263,18 @@ class Fake {
   }
 
   // ---- The driver's context; each is asked for by its device's number.
-  CudaResult wait_step(WaitStep step) { return failing_step_ == step ? 700 : kCudaSuccess; }
+  CudaResult step_result(Step step) { return failing_step_ == step ? 700 : kCudaSuccess; }
 
   CudaResult retain_context(void** context, int device) {
     const Lock lock(mutex_);
     ++num_retains_;
     *context = reinterpret_cast<void*>(uintptr_t{0xd000} + device);
     if (device != kDevice) violate("the context of another device");
-    return wait_step(kRetain);
+    return step_result(kRetain);
   }
   CudaResult push_context(void* context) {
     const Lock lock(mutex_);
-    if (wait_step(kPush) != kCudaSuccess) return wait_step(kPush);
+    if (step_result(kPush) != kCudaSuccess) return step_result(kPush);
     if (t_context != nullptr) violate("two contexts pushed");
     t_context = context;
     return kCudaSuccess;
@@ -266,7 +295,7 @@ class Fake {
       std::this_thread::sleep_for(std::chrono::microseconds(50));
       lock.lock();
     }
-    return wait_step(kSync);
+    return step_result(kSync);
   }
 
   void block(std::unique_lock<std::mutex>& lock) {
@@ -275,6 +304,62 @@ class Fake {
     if (!changed_.wait_for(lock, kPatience, [&] { return !blocked_; })) {
       violate("what was blocked never got unblocked");
     }
+  }
+
+  // ---- The driver's mappings. A handle is the memory's own address.
+  CudaResult address_range(DevicePointer* base, size_t* size, DevicePointer pointer) {
+    const Lock lock(mutex_);
+    const auto found = memory_.find(pointer);
+    if (found == memory_.end()) violate("the address range of unknown memory");
+    *base = pointer;
+    *size = found == memory_.end() ? 0 : found->second;
+    return step_result(kRange);
+  }
+  CudaResult retain_handle(CudaMemory* handle, void* memory) {
+    const Lock lock(mutex_);
+    if (step_result(kHandle) != kCudaSuccess) return step_result(kHandle);
+    *handle = address(memory);
+    ++num_handles_;
+    return kCudaSuccess;
+  }
+  CudaResult release_handle() {
+    const Lock lock(mutex_);
+    if (num_handles_ == 0) violate("a handle released twice");
+    --num_handles_;
+    return kCudaSuccess;
+  }
+  CudaResult map(DevicePointer pointer, size_t size, CudaMemory handle) {
+    const Lock lock(mutex_);
+    if (step_result(kMap) != kCudaSuccess) return step_result(kMap);
+    if (t_context == nullptr) violate("a mapping without a context");
+    for (const auto& [begin, of] : mappings_) {
+      if (begin < pointer + size && pointer < begin + memory_sizes_[of]) violate("mapped twice");
+    }
+    memory_sizes_[handle] = size;
+    mappings_[pointer] = handle;
+    return kCudaSuccess;
+  }
+  CudaResult set_access(const CudaMemAccess& access, size_t count) {
+    const Lock lock(mutex_);
+    const bool right = count == 1 && access.location_type == 1 && access.flags == 3;
+    if (!right || access.location_id != kDevice) violate("access of somebody else");
+    return step_result(kAccess);
+  }
+  CudaResult unmap(DevicePointer pointer, size_t size) {
+    const Lock lock(mutex_);
+    if (step_result(kUnmap) != kCudaSuccess) return step_result(kUnmap);
+    const auto found = mappings_.find(pointer);
+    if (found == mappings_.end() || memory_sizes_[found->second] != size) {
+      violate("unmapping of what is not mapped");
+      return 1;
+    }
+    mappings_.erase(found);
+    return kCudaSuccess;
+  }
+  // NCCL's address of what is mapped a second time.
+  uintptr_t first_address(const void* pointer) const {
+    const auto found = mappings_.find(address(pointer));
+    return found == mappings_.end() ? address(pointer) : found->second;
   }
 
   NcclResult alloc(void** memory, size_t size) {
@@ -315,7 +400,7 @@ class Fake {
                              int flags) {
     std::unique_lock<std::mutex> lock(mutex_);
     const NcclResult result = enter(kRegister);
-    const uintptr_t base = address(memory);
+    const uintptr_t base = first_address(memory);
     if (flags != kNcclWinSymmetric) violate("registration without the symmetric flag");
     if (comms_.count(comm) == 0) violate("registration with an unknown communicator");
     if (memory_.count(base) == 0 || memory_[base] != size) violate("no such memory to register");
@@ -357,7 +442,7 @@ class Fake {
   const bool downwards_;
   std::atomic<bool> null_windows_{false}, null_memory_{false}, jitter_{false};
   std::atomic<bool> block_sync_{false};
-  std::atomic<WaitStep> failing_step_{kNoStep};
+  std::atomic<Step> failing_step_{kNoStep};
   std::atomic<int> num_retains_{0}, num_syncs_{0};
 
   mutable std::mutex mutex_;  // guards all below
@@ -371,6 +456,9 @@ class Fake {
   uintptr_t num_comms_ = 0, num_windows_made_ = 0;
   std::set<NcclComm> comms_, doomed_;
   std::map<uintptr_t, size_t> memory_;
+  std::map<uintptr_t, uintptr_t> mappings_;      // second address to NCCL's
+  std::map<uintptr_t, size_t> memory_sizes_;     // of what is or was mapped
+  size_t num_handles_ = 0;
   std::map<NcclWindow, std::pair<NcclComm, uintptr_t>> windows_;
   std::map<NcclComm, uintptr_t> registering_;
   std::vector<std::string> violations_;

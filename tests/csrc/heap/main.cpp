@@ -13,7 +13,7 @@ int main(int argc, char** argv) {
   const char* const part = argc > 2 ? argv[2] : "";
   const std::vector<std::vector<Test> (*)()> files = {
       range_tests,   alloc_tests,   pending_tests, window_tests, pin_tests,
-      release_tests, failure_tests, race_tests,    random_tests, thread_tests,
+      release_tests, failure_tests, race_tests,    random_tests, thread_tests, order_tests,
   };
   for (const auto tests_of_file : files) {
     for (const Test& test : tests_of_file()) {

@@ -33,7 +33,7 @@ struct Op {
   int register_fails = 0;   // the n-th
   int failing_comm = kNone;  // its deregistrations
   bool null_windows = false;
-  fake::WaitStep failing_step = fake::kNoStep;
+  fake::Step failing_step = fake::kNoStep;
 };
 
 constexpr int kNumComms = 3;

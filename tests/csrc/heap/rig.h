@@ -29,9 +29,10 @@ inline constexpr int64_t kNone = -1;
 
 // A heap, and the fake it calls.
 struct Rig {
-  explicit Rig(size_t chunk = kChunk, bool downwards = false, size_t num_tries = 0)
-      : fake(downwards), symbols(Fake::symbols()), driver(Fake::driver()),
-        heap(symbols, driver, fake::kDevice, chunk, num_tries) {}
+  explicit Rig(size_t chunk = kChunk, bool downwards = false,
+               const CudaDriver& driver = Fake::driver())
+      : fake(downwards), symbols(Fake::symbols()), driver(driver),
+        heap(symbols, this->driver, fake::kDevice, chunk) {}
   ~Rig() { check_violations(); }
 
   char* alloc(size_t size, CudaStream stream = kPlainStream) {
@@ -75,6 +76,8 @@ struct Rig {
   }
   void check_all_gone() {
     CHECK_EQ(fake.num_memory(), 0u);
+    CHECK_EQ(fake.num_mappings(), 0u);
+    CHECK_EQ(fake.num_handles(), 0u);
     CHECK_EQ(fake.num_windows(), 0u);
     const HeapStats stats = heap.stats();
     CHECK_EQ(stats.segments, 0);

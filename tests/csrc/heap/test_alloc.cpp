@@ -239,44 +239,6 @@ void huge_sizes_fail() {
   rig.check_all_gone();
 }
 
-// A gap below is passed over, so that addresses are in the order of making, and left as it was.
-void memory_lies_above_older_memory() {
-  Rig rig(kChunk, false, 2);
-  char* const first = rig.alloc(kChunk);
-  char* const second = rig.alloc(kChunk);
-  char* const third = rig.alloc(kChunk);
-  CHECK(first < second && second < third);
-  CHECK(rig.free(first) && rig.free(second));  // a gap of two chunks
-  const int num_calls = rig.fake.calls(kAlloc);
-  char* const fourth = rig.alloc(kChunk);
-  CHECK(fourth > third);
-  CHECK_EQ(rig.fake.calls(kAlloc), num_calls + 3);
-  CHECK_EQ(rig.fake.num_memory(), 2u);
-  rig.heap.freeze(true);
-  char* const ordinary = rig.alloc(kChunk);
-  CHECK(!rig.known(ordinary) && ordinary > fourth);
-  CHECK_EQ(rig.heap.stats().out_of_order, 0);
-  for (char* const pointer : {third, fourth, ordinary}) CHECK(rig.free(pointer));
-  rig.check_all_gone();
-}
-
-// Where it can't be had above, it is taken below, and told.
-void memory_below_is_better_than_none() {
-  for (const bool fails : {false, true}) {
-    Rig rig(kChunk, true, 2);
-    char* const first = rig.alloc(kChunk);
-    if (fails) rig.fake.fail_nth(kAlloc, 2, 1);  // out of memory, while the first is held back
-    char* const second = rig.alloc(kChunk);
-    CHECK(second < first);
-    CHECK_EQ(rig.heap.stats().out_of_order, 1);
-    CHECK_EQ(rig.heap.stats().failed_allocations, 0);
-    CHECK_EQ(rig.fake.num_memory(), 2u);
-    CHECK_EQ(rig.heap.take_failure().bytes, 0);
-    CHECK(rig.free(first) && rig.free(second));
-    rig.check_all_gone();
-  }
-}
-
 // What is borrowed and given back changes nothing, whatever is pending.
 void borrowed_ranges_leave_no_trace() {
   Rig rig;
@@ -314,8 +276,6 @@ std::vector<Test> alloc_tests() {
       TEST(frozen_heap_gives_ordinary_memory), TEST(capturing_stream_makes_no_segment),
       TEST(failed_alloc_is_explained_to_its_thread), TEST(shut_down_heap_frees_nothing),
       TEST(huge_sizes_fail),
-      TEST(memory_lies_above_older_memory),
-      TEST(memory_below_is_better_than_none),
       TEST(borrowed_ranges_leave_no_trace),
   };
 }

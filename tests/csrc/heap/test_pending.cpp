@@ -83,7 +83,7 @@ void deferred_frees_wait_for_nothing() {
   CHECK_EQ(rig.heap.reserve(4 * kPage), kNcclSuccess);
   rig.heap.defer_frees(true);
   char* const first = rig.alloc(2 * kPage);
-  rig.fake.fail_wait_at(fake::kSync);
+  rig.fake.fail_at(fake::kSync);
   CHECK(rig.free(first));
   char* const second = rig.alloc(kPage);  // there is room without it
   CHECK_EQ(second - first, static_cast<ptrdiff_t>(2 * kPage));
@@ -92,7 +92,7 @@ void deferred_frees_wait_for_nothing() {
   CHECK_EQ(rig.fake.num_waits(), 0);
   CHECK(!rig.heap.settle());
   CHECK_EQ(rig.heap.stats().bytes_used, 3 * kPage);
-  rig.fake.fail_wait_at(fake::kNoStep);
+  rig.fake.fail_at(fake::kNoStep);
   CHECK(rig.alloc(2 * kPage) == first);  // there is none
   CHECK_EQ(rig.fake.num_waits(), 2);
   CHECK_EQ(rig.heap.stats().segments_made, 1);
@@ -140,11 +140,11 @@ void freed_during_a_capture_is_used_later() {
 }
 
 void freed_in_a_failed_wait_is_used_later() {
-  for (const fake::WaitStep step : {fake::kRetain, fake::kPush, fake::kSync}) {
+  for (const fake::Step step : {fake::kRetain, fake::kPush, fake::kSync}) {
     Rig rig;
     char* const first = rig.alloc(kChunk);
     char* const second = rig.alloc(kChunk);
-    rig.fake.fail_wait_at(step);
+    rig.fake.fail_at(step);
     CHECK(rig.free(first));
     CHECK_EQ(rig.heap.stats().bytes_used, 2 * kChunk);
     CHECK_EQ(rig.fake.calls(kFree), 0);
@@ -155,7 +155,7 @@ void freed_in_a_failed_wait_is_used_later() {
     CHECK_EQ(rig.fake.num_syncs(), step == fake::kSync ? 3 : 0);
     CHECK_EQ(rig.fake.calls(kFree), 0);
     CHECK_EQ(rig.heap.stats().bytes_used, 3 * kChunk);
-    rig.fake.fail_wait_at(fake::kNoStep);
+    rig.fake.fail_at(fake::kNoStep);
     CHECK(rig.free(second));
     CHECK_EQ(rig.heap.stats().unknown_frees, 0);
     rig.check_all_gone();

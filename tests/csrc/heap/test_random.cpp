@@ -30,7 +30,7 @@ class Runner {
     if (op.register_fails > 0) rig_.fake.fail_nth(kRegister, op.register_fails, op.code);
     if (op.failing_comm != kNone) rig_.fake.fail_deregister_of(comms_[op.failing_comm], op.code);
     rig_.fake.give_null_windows(op.null_windows);
-    rig_.fake.fail_wait_at(op.failing_step);
+    rig_.fake.fail_at(op.failing_step);
     const int num_waits = rig_.fake.num_waits() + waits(op);
     const std::pair<int64_t, int64_t> outcome = apply(op);
     CHECK_EQ(rig_.fake.num_waits(), num_waits);

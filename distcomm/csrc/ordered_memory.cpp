@@ -1,0 +1,90 @@
+#include "ordered_memory.h"
+
+namespace distcomm {
+namespace {
+
+constexpr int kDevice = 1;                    // CU_MEM_LOCATION_TYPE_DEVICE
+constexpr int kReadWrite = 3;                 // CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+constexpr size_t kAlignment = size_t{2} << 20;  // of all memory that ncclMemAlloc makes
+
+DevicePointer device_pointer(void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+}  // namespace
+
+OrderedMemory::OrderedMemory(const NcclSymbols& nccl, const CudaDriver& driver, int device,
+                             size_t range_bytes)
+    : nccl_(nccl), driver_(driver), device_(device), range_bytes_(range_bytes) {}
+
+void* OrderedMemory::alloc(size_t size, NcclResult* result) {
+  void* memory = nullptr;
+  *result = nccl_.mem_alloc(&memory, size);
+  if (*result == kNcclSuccess && memory == nullptr) *result = kNcclUnhandledCudaError;
+  // What a failed call has written to `memory` means nothing.
+  if (*result != kNcclSuccess) return nullptr;
+  void* const second = mapped(memory);
+  return second == nullptr ? memory : second;
+}
+
+NcclResult OrderedMemory::free(void* pointer) {
+  const auto found = mappings_.find(device_pointer(pointer));
+  if (found == mappings_.end()) return nccl_.mem_free(pointer);
+  Mapping& mapping = found->second;
+  if (mapping.memory != nullptr) {  // unless a call before this one got that far
+    const NcclResult result = nccl_.mem_free(mapping.memory);
+    if (result != kNcclSuccess) return result;
+    mapping.memory = nullptr;
+  }
+  // With this, its last mapping, the memory goes.
+  const CudaContext context(driver_, device_);
+  if (driver_.mem_unmap(found->first, mapping.size) != kCudaSuccess) {
+    return kNcclUnhandledCudaError;
+  }
+  mappings_.erase(found);
+  return kNcclSuccess;
+}
+
+void* OrderedMemory::mapped(void* memory) {
+  if (!reserve_range()) return nullptr;
+  const CudaContext context(driver_, device_);
+  if (!context.is_current()) return nullptr;
+  DevicePointer base = 0;
+  size_t size = 0;  // of NCCL's mapping, which may be larger than what it was asked for
+  const DevicePointer first = device_pointer(memory);
+  if (driver_.mem_get_address_range(&base, &size, first) != kCudaSuccess || base != first) {
+    return nullptr;
+  }
+  DevicePointer address = range_;
+  if (!mappings_.empty()) {
+    const auto& [last, mapping] = *mappings_.rbegin();
+    address = (last + mapping.size + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  if (address + size > range_ + range_bytes_) return nullptr;
+  if (map(address, size, memory) != kCudaSuccess) return nullptr;
+  mappings_[address] = {memory, size};
+  return reinterpret_cast<void*>(static_cast<uintptr_t>(address));
+}
+
+bool OrderedMemory::reserve_range() {
+  if (tried_to_reserve_ || !driver_.can_map()) return range_ != 0;
+  tried_to_reserve_ = true;
+  if (driver_.mem_address_reserve(&range_, range_bytes_, kAlignment, 0, 0) != kCudaSuccess) {
+    range_ = 0;
+  }
+  return range_ != 0;
+}
+
+CudaResult OrderedMemory::map(DevicePointer address, size_t size, void* memory) {
+  CudaMemory handle = 0;
+  CudaResult result = driver_.mem_retain_allocation_handle(&handle, memory);
+  if (result != kCudaSuccess) return result;
+  result = driver_.mem_map(address, size, 0, handle, 0);
+  if (result == kCudaSuccess) {
+    const CudaMemAccess access = {kDevice, device_, kReadWrite};
+    result = driver_.mem_set_access(address, size, &access, 1);
+    if (result != kCudaSuccess) driver_.mem_unmap(address, size);
+  }
+  driver_.mem_release(handle);  // the mapping holds on to the memory
+  return result;
+}
+
+}  // namespace distcomm
