@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the files of docs/results that need GPUs: benchmarks, and the GPU suite on all GPUs, on two
-# and on one. Takes about eight minutes on four GPUs.
+# and on one. Takes about eight minutes on four GPUs, and one on a single GPU, which gives less.
 #
 #   scripts/gpu_results.sh FOLDER
 set -uo pipefail
@@ -27,9 +27,11 @@ suite() { # GPUs as for CUDA_VISIBLE_DEVICES, their number, seconds
 make build > "$folder/build.log" 2>&1 || { cat "$folder/build.log"; exit 1; }
 PYTHONPATH=. timeout 60 python3 -m distcomm.bench register --json "$folder/register-h200.json" \
   || failed=1
-for bench in symmetric host; do
-  timeout 60 make bench BENCH=$bench ARGS="--json $folder/$bench-${gpus}xh200.json" || failed=1
-done
+if [[ $gpus -gt 1 ]]; then
+  for bench in symmetric host; do
+    timeout 60 make bench BENCH=$bench ARGS="--json $folder/$bench-${gpus}xh200.json" || failed=1
+  done
+fi
 suite "$(seq -s, 0 $((gpus - 1)))" "$gpus" 330 || failed=1
 if [[ $gpus -gt 2 ]]; then
   suite 2 1 100 &
