@@ -176,7 +176,7 @@ std::optional<Stack> results_without_data(const OperatorHandle& op, const Stack&
   Stack results = with_tensors(arguments, for_meta);
   try {
     op.redispatchBoxed(DispatchKeySet(DispatchKey::Meta), &results);
-  } catch (const c10::Error&) {
+  } catch (const std::exception&) {  // also from torch's Python code
     return std::nullopt;
   }
   const auto is_tensors = [](const IValue& x) { return x.isTensor() || x.isTensorList(); };
