@@ -16,7 +16,7 @@ from .errors import NativeLibraryError
 
 __all__ = ["NativeNccl", "RaggedCollectives"]
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _FILE_NAME = "libdistcomm_native.so"
 _ERROR_BYTES = 1024
 

@@ -66,7 +66,7 @@ struct CudaDriver {
 
   // Whether there is a driver, with all functions but those that only the two below need.
   bool complete() const;
-  // Whether it has those too. Before CUDA 12.3 graphs had no programmatic edges.
+  // Whether it has what graphs with edge data need. Before CUDA 12.3 they had none.
   bool has_edge_data() const;
   // Whether it has what it takes to map memory at addresses of one's choice.
   bool can_map() const;

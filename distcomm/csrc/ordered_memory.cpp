@@ -3,9 +3,8 @@
 namespace distcomm {
 namespace {
 
-constexpr int kDevice = 1;                    // CU_MEM_LOCATION_TYPE_DEVICE
-constexpr int kReadWrite = 3;                 // CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-constexpr size_t kAlignment = size_t{2} << 20;  // of all memory that ncclMemAlloc makes
+constexpr int kDevice = 1;     // CU_MEM_LOCATION_TYPE_DEVICE
+constexpr int kReadWrite = 3;  // CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 
 DevicePointer device_pointer(void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
@@ -41,6 +40,10 @@ NcclResult OrderedMemory::free(void* pointer) {
   }
   mappings_.erase(found);
   return kNcclSuccess;
+}
+
+bool OrderedMemory::is_mapped(void* pointer) const {
+  return mappings_.count(device_pointer(pointer)) > 0;
 }
 
 void* OrderedMemory::mapped(void* memory) {

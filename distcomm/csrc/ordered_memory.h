@@ -10,6 +10,10 @@
 
 namespace distcomm {
 
+// Of all that is handed out: the size of torch's smallest request, and of the pages that
+// ncclMemAlloc maps.
+inline constexpr size_t kAlignment = size_t{2} << 20;
+
 // torch chooses between free blocks of one size by their addresses, so on all ranks memory has to
 // lie in the order of its making. Where NCCL puts it depends on what gaps a process has. So it is
 // mapped a second time, at an address of a range that is reserved for that, above all that lives
@@ -28,6 +32,8 @@ class OrderedMemory {
   void* alloc(size_t size, NcclResult* result);
   // What it returned, and nothing but that. On failure it is as it was.
   NcclResult free(void* pointer);
+  // Whether something that alloc() returned lies in the range.
+  bool is_mapped(void* pointer) const;
 
  private:
   struct Mapping {

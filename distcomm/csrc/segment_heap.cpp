@@ -235,6 +235,7 @@ void* SegmentHeap::make_memory(size_t size) {
     fail(FailureKind::kNccl, size, result, nccl_text("ncclMemAlloc", result));
   } else {
     counters_.out_of_order += memory < top;
+    counters_.not_mapped += !memory_.is_mapped(memory);
   }
   return memory;
 }

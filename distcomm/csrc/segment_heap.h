@@ -20,9 +20,6 @@
 
 namespace distcomm {
 
-// Also the size of torch's smallest request, and of the pages that ncclMemAlloc maps.
-inline constexpr size_t kAlignment = size_t{2} << 20;
-
 enum class SegmentKind : int64_t {
   kSlab = 0,   // reserved: stays when it is empty
   kGrown = 1,  // made when nothing fitted: freed when it is empty
@@ -72,6 +69,7 @@ struct HeapStats {
   int64_t failed_releases;
   int64_t unknown_frees;
   int64_t out_of_order;  // memory that lies below older memory all the same
+  int64_t not_mapped;    // memory at NCCL's own address, whose order isn't ensured
 };
 
 // Every method is thread-safe. Nothing but register_new() waits for other ranks, and that one

@@ -108,6 +108,7 @@ _STATS = (
     "failed_releases",
     "unknown_frees",
     "out_of_order",
+    "not_mapped",
 )
 
 

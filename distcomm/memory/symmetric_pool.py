@@ -91,6 +91,7 @@ class SymmetricPool:
         self._groups: list[GroupWindows] = []
         self.frozen = False
         self._warned_frozen = False
+        self._warned_not_mapped = False
         self._closed = False
 
     # ---- for users --------------------------------------------------------------------------
@@ -167,12 +168,14 @@ class SymmetricPool:
         self.heap.settle()
         self.heap.trim()
         if self.heap.reserve(num_bytes):
+            self._warn_if_not_mapped()
             return None
         failure = self.heap.take_failure()
         return None if failure is None else self.out_of_memory("reserve", failure)
 
     def register_common(self, payload: Any = None) -> dict[GroupWindows, list[Any]]:
         """`GroupWindows.register_common` with every group; the payloads by group. Collective."""
+        self._warn_if_not_mapped()
         for windows in self._groups:
             windows.count_common()
         return {windows: windows.register_common(payload) for windows in self._groups}
@@ -255,6 +258,18 @@ class SymmetricPool:
         self.heap.shut_down()
 
     # ---- inside -----------------------------------------------------------------------------
+
+    def _warn_if_not_mapped(self) -> None:
+        """Logs once that memory lies where NCCL has put it."""
+        before = self._at_start["not_mapped"]
+        if self._warned_not_mapped or self.heap.stats()["not_mapped"] == before:
+            return
+        self._warned_not_mapped = True
+        logger.warning(
+            "symmetric memory could not be mapped at rising addresses: ranks whose segments lie in "
+            "another order can't use new ones (%s)",
+            self.device,
+        )
 
     def _refuse_if_closed(self, call: str) -> None:
         if self._closed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import logging.handlers
 from typing import Any
 
 import pytest
@@ -38,6 +40,8 @@ def pool_of(rank: HeapRank, routing: Routing, frozen: bool) -> SymmetricPool:
     pool.routing = routing  # type: ignore[assignment]
     pool.frozen = frozen
     pool._groups = [rank.windows]
+    pool._at_start = rank.heap.stats()
+    pool._warned_not_mapped = False
     return pool
 
 
@@ -75,3 +79,27 @@ def alone(rank: HeapRank) -> list[Any]:
 
 def test_a_rank_alone(workers: WorkerPool):
     assert run(workers, 1, alone) == [[([3], 3)]]
+
+
+def registered_twice(rank: HeapRank) -> list[str]:
+    """What is logged by the way. There is no driver here that could map anything."""
+    handler = logging.handlers.BufferingHandler(100)
+    logger = logging.getLogger("distcomm.memory.symmetric_pool")
+    logger.addHandler(handler)
+    try:
+        pool = pool_of(rank, Routing([], 0, 0), False)
+        pool.register_common()
+        assert not handler.buffer  # nothing was made yet
+        for _ in range(2):
+            rank.alloc()
+            pool.register_common()
+        assert rank.heap.stats()["not_mapped"] > 0
+        return [record.getMessage() for record in handler.buffer]
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_memory_that_is_not_mapped_is_told_once(workers: WorkerPool):
+    for messages in run(workers, 2, registered_twice):
+        assert len(messages) == 1
+        assert "could not be mapped at rising addresses" in messages[0]

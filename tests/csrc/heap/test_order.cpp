@@ -106,6 +106,7 @@ void segments_and_ordinary_memory_are_in_order() {
   pointers.push_back(rig.alloc(kChunk));
   CHECK(!rig.known(pointers.back()) && pointers.back() > pointers[1]);
   CHECK_EQ(rig.heap.stats().out_of_order, 0);
+  CHECK_EQ(rig.heap.stats().not_mapped, 0);
   for (char* const pointer : pointers) CHECK(rig.free(pointer));
   rig.release_comm(comm);
   rig.check_all_gone();
@@ -117,6 +118,7 @@ void disorder_is_counted() {
   char* const second = rig.alloc(kChunk);
   CHECK(second < first);
   CHECK_EQ(rig.heap.stats().out_of_order, 1);
+  CHECK_EQ(rig.heap.stats().not_mapped, 2);
   CHECK(rig.free(first) && rig.free(second));
   rig.check_all_gone();
 }
