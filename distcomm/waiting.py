@@ -7,11 +7,23 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["run_bounded"]
+__all__ = ["StillRunningError", "run_bounded"]
 
 T = TypeVar("T")
 
 _POLL_S = 0.02
+
+
+class StillRunningError(TimeoutError):
+    """A call hasn't returned in time.
+
+    Attributes:
+        thread: in which it goes on.
+    """
+
+    def __init__(self, what: str, timeout_s: float, thread: threading.Thread) -> None:
+        super().__init__(f"{what} did not return within {timeout_s:g} s")
+        self.thread = thread
 
 
 def run_bounded(
@@ -29,7 +41,7 @@ def run_bounded(
         poll: called about every 20 ms while waiting; it may raise to give up early.
 
     Raises:
-        TimeoutError: the call hasn't returned in time.
+        StillRunningError: the call hasn't returned in time.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -46,7 +58,7 @@ def run_bounded(
     while thread.is_alive():
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise TimeoutError(f"{what} did not return within {timeout_s:g} s")
+            raise StillRunningError(what, timeout_s, thread)
         thread.join(min(_POLL_S, remaining))
         if poll is not None and thread.is_alive():
             poll()

@@ -20,10 +20,11 @@ from ..errors import CommunicatorDisabledError, DistcommError, GroupClosedError,
 from ..native import NativeNccl, RaggedCollectives
 from ..objects import ObjectChannel
 from ..process_groups import member_of, process_group_store
-from ..waiting import run_bounded
+from ..waiting import StillRunningError, run_bounded
 from .attempt import Attempt
 from .dtypes import REDUCTION_CODES
 from .library import NcclLibrary, UniqueId
+from .process_end import note_destroy_under_way
 
 __all__ = ["NcclConnection"]
 
@@ -180,7 +181,8 @@ class NcclConnection:
         try:
             code = self.run_bounded(lambda: free(comm), _FREE_S, free.__name__)
             self._check(free.__name__, code)
-        except TimeoutError as error:
+        except StillRunningError as error:
+            note_destroy_under_way(error.thread)
             logger.warning(
                 "close: %s, probably because a CUDA graph that captured this communicator is "
                 "alive; it is freed when that graph is [%s]",
@@ -200,7 +202,7 @@ class NcclConnection:
         """Runs `work` in a thread, on this communicator's device, and waits for it so long.
 
         Raises:
-            TimeoutError: it takes longer; see `waiting.run_bounded`.
+            StillRunningError: it takes longer; see `waiting.run_bounded`.
 
         A new thread starts on device 0, and NCCL puts back the device that it found: without
         setting it, every process would get a CUDA context on device 0.

@@ -182,7 +182,15 @@ assert captured[0].item() == {world} ** 2
 """
 
 
-@pytest.mark.parametrize("close", ["", "state.close()"], ids=["unclosed", "closed"])
+EXITS = {
+    "unclosed": "",
+    "closed": "state.close()",
+    "closed, graph dropped at the end": "state.close(); del graph",
+    "graph dropped, closed": "del graph; state.close()",
+}
+
+
+@pytest.mark.parametrize("close", EXITS.values(), ids=EXITS)
 def test_exit_code_with_live_tensors_and_graphs(
     most_ranks: int, close: str, tmp_path: Path
 ) -> None:

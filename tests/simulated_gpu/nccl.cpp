@@ -9,6 +9,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -29,6 +30,11 @@ void simulated_give_back_bytes(size_t num_bytes);
 void simulated_note_nccl_memory(void* memory, size_t size, int file);
 void simulated_forget_nccl_memory(void* memory);
 void* simulated_nccl_address(const void* pointer);
+int cuStreamGetCaptureInfo_v2(void* stream, int* status, uint64_t* id, void** graph,
+                              void* const** dependencies, size_t* num_dependencies);
+int cuUserObjectCreate(void** object, void* data, void (*destroy)(void*), unsigned num_references,
+                       unsigned flags);
+int cuGraphRetainUserObject(void* graph, void* object, unsigned num_references, unsigned flags);
 }
 
 namespace {
@@ -66,7 +72,8 @@ Result stand_in(const char* name, Arguments... arguments) {
 struct Comm {
   int num_ranks;
   int rank;
-  int num_pending = 0;  // calls that streams have yet to make
+  int num_pending = 0;   // calls that streams have yet to make
+  int num_captured = 0;  // calls in graphs that live
   Result error = kSuccess;
 };
 
@@ -121,6 +128,27 @@ Result made(const std::vector<Call>& calls) {
   return result;
 }
 
+// A communicator lives as long as the graphs that captured its calls.
+void hold_by_graph(void* stream, void* comm) {
+  int status = 0;
+  void* graph = nullptr;
+  void* object = nullptr;
+  cuStreamGetCaptureInfo_v2(stream, &status, nullptr, &graph, nullptr, nullptr);
+  const auto released = [](void* held) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto live = comms.find(held);
+    if (live != comms.end()) --live->second.num_captured;
+    changed.notify_all();
+  };
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    ++comms.at(comm).num_captured;
+  }
+  constexpr unsigned kMove = 1;
+  cuUserObjectCreate(&object, comm, released, 1, 0);
+  cuGraphRetainUserObject(graph, object, 1, kMove);
+}
+
 // One piece of work for the stream of the first of them.
 Result enqueue(std::vector<Call> calls) {
   if (calls.empty()) return kSuccess;
@@ -135,6 +163,9 @@ Result enqueue(std::vector<Call> calls) {
       comm->second.num_pending += !captured;
       symmetric &= call.symmetric;
     }
+  }
+  if (captured) {
+    for (const Call& call : calls) hold_by_graph(stream, call.comm);
   }
   auto* const work = new std::function<void()>([calls = std::move(calls), captured] {
     bool live = true;
@@ -169,6 +200,22 @@ void wait_for_calls(void* comm) {
     const auto live = comms.find(comm);
     return live == comms.end() || live->second.num_pending == 0;
   });
+}
+
+// As long as NCCL waits: for good. What NCCL does after that while the interpreter shuts down ends
+// the process now and then; here it always does.
+void wait_for_graphs(void* comm) {
+  std::unique_lock<std::mutex> lock(mutex);
+  const auto is_free = [comm] {
+    const auto live = comms.find(comm);
+    return live == comms.end() || live->second.num_captured == 0;
+  };
+  if (is_free()) return;
+  changed.wait(lock, is_free);
+  for (const char* name : {"Py_IsFinalizing", "_Py_IsFinalizing"}) {
+    const auto function = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, name));
+    if (function != nullptr && function()) std::raise(SIGSEGV);
+  }
 }
 
 // Where a rank's memory is found by the others.
@@ -267,6 +314,7 @@ NCCL_API Result ncclCommInitRankConfig(void** comm, int num_ranks, UniqueId id, 
 
 NCCL_API Result ncclCommDestroy(void* comm) {
   wait_for_calls(comm);
+  wait_for_graphs(comm);
   {
     const std::lock_guard<std::mutex> lock(mutex);
     comms.erase(comm);
