@@ -2,6 +2,6 @@
 
 from .communicator import PyNcclCommunicator
 from .known_issues import KnownIssues, Topology
-from .library import NcclLibrary
+from .libnccl import NcclLibrary
 
 __all__ = ["KnownIssues", "NcclLibrary", "PyNcclCommunicator", "Topology"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from .library import NcclLibrary
+from .libnccl import NcclLibrary
 
 __all__ = ["Attempt"]
 

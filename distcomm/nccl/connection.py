@@ -23,8 +23,8 @@ from ..process_groups import member_of, process_group_store
 from ..waiting import StillRunningError, run_bounded
 from .attempt import Attempt
 from .dtypes import REDUCTION_CODES
-from .library import NcclLibrary, UniqueId
-from .process_end import note_destroy_under_way
+from .libnccl import NcclLibrary, UniqueId
+from .process_end import FREE_S, note_destroy_under_way
 
 __all__ = ["NcclConnection"]
 
@@ -35,9 +35,6 @@ T = TypeVar("T")
 # What an all-reduce needs of its communicator: ncclAllReduce, the handle, what finds the current
 # stream of a device, and that device.
 DirectCall = tuple[Callable[..., int], ctypes.c_void_p, Callable[[int], int], int]
-
-# ncclCommDestroy takes milliseconds, or as long as a CUDA graph holds the communicator.
-_FREE_S = 3.0
 
 
 class NcclConnection:
@@ -179,7 +176,7 @@ class NcclConnection:
         if not self._call_back(comm, orderly=not self._given_up):
             return  # somebody may still be using it
         try:
-            code = self.run_bounded(lambda: free(comm), _FREE_S, free.__name__)
+            code = self.run_bounded(lambda: free(comm), FREE_S, free.__name__)
             self._check(free.__name__, code)
         except StillRunningError as error:
             note_destroy_under_way(error.thread)
@@ -221,7 +218,7 @@ class NcclConnection:
         """False if a callback doesn't return in time."""
         for callback in self._on_close:
             try:
-                self.run_bounded(partial(callback, comm, orderly), _FREE_S, "ending its windows")
+                self.run_bounded(partial(callback, comm, orderly), FREE_S, "ending its windows")
             except TimeoutError as error:
                 logger.warning("close: %s; the communicator stays [%s]", error, self.member)
                 return False
@@ -289,7 +286,7 @@ class NcclConnection:
             channel.agree(what, failure)
         except DistcommError:
             try:
-                self.run_bounded(attempt.give_up, _FREE_S, "ncclCommAbort")
+                self.run_bounded(attempt.give_up, FREE_S, "ncclCommAbort")
             except (TimeoutError, RuntimeError) as error:
                 logger.warning("%s: %s [%s]", what, error, self.member)
             raise

@@ -15,30 +15,34 @@ import time
 
 import torch
 
-__all__ = ["note_destroy_under_way"]
+__all__ = ["FREE_S", "note_destroy_under_way"]
 
-# With no graph left to wait for, ncclCommDestroy takes milliseconds.
-_FREE_S = 3.0
-# Whether it waits for a graph that is left or for none, can't be told.
-_FREE_BESIDE_GRAPHS_S = 0.5
+# ncclCommDestroy takes milliseconds, or as long as a CUDA graph holds the communicator.
+FREE_S = 3.0
+# At the end, whether it waits for one of the graphs that are left or for none can't be told.
+_BESIDE_GRAPHS_S = 0.5
 
 _under_way: list[threading.Thread] = []
 
 
 def note_destroy_under_way(thread: threading.Thread) -> None:
-    """The process will end well also if `thread`, in ncclCommDestroy, never gets any further."""
-    if not _under_way:
-        atexit.register(_end_well)
+    """The process will end well although `thread` is in ncclCommDestroy. Local.
+
+    At its end it keeps all CUDA graphs that there are, and gives the thread up to `FREE_S`
+    seconds to finish, or less beside graphs that may be what it waits for.
+    """
+    _under_way[:] = [each for each in _under_way if each.is_alive()]
     _under_way.append(thread)
 
 
+# Registered on import, and so called after what the user registers later, such as a close().
+@atexit.register
 def _end_well() -> None:
-    """Keeps the graphs that there are for good, and waits for those threads that need none."""
     if not any(thread.is_alive() for thread in _under_way):
         return
     graphs = [each for each in gc.get_objects() if issubclass(type(each), torch.cuda.CUDAGraph)]
     for graph in graphs:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
-    deadline = time.monotonic() + (_FREE_BESIDE_GRAPHS_S if graphs else _FREE_S)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))  # for good
+    deadline = time.monotonic() + (_BESIDE_GRAPHS_S if graphs else FREE_S)
     for thread in _under_way:
         thread.join(max(0.0, deadline - time.monotonic()))

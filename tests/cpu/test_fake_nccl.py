@@ -35,21 +35,21 @@ class Nccl:
     """The library. Calls take ctypes values; a count must be a `size()`, since int is 32 bits."""
 
     def __init__(self, path):
-        self.library = ctypes.CDLL(path)
-        self.library.ncclCommInitRank.argtypes = [
+        self.nccl = ctypes.CDLL(path)
+        self.nccl.ncclCommInitRank.argtypes = [
             ctypes.c_void_p,
             ctypes.c_int,
             UniqueId,
             ctypes.c_int,
         ]
-        self.library.ncclGetLastError.restype = ctypes.c_char_p
-        self.library.fake_nccl_live_bytes.restype = ctypes.c_long
+        self.nccl.ncclGetLastError.restype = ctypes.c_char_p
+        self.nccl.fake_nccl_live_bytes.restype = ctypes.c_long
 
     def __call__(self, function, *arguments):
-        return getattr(self.library, function)(*arguments)
+        return getattr(self.nccl, function)(*arguments)
 
     def last_error(self):
-        return self.library.ncclGetLastError(None).decode()
+        return self.nccl.ncclGetLastError(None).decode()
 
     def init(self, unique_id, rank, world=WORLD):
         comm = ctypes.c_void_p()

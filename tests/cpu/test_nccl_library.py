@@ -27,9 +27,9 @@ import pytest
 import torch
 
 from distcomm.errors import NcclError, NcclLibraryError
-from distcomm.nccl import NcclLibrary, library
+from distcomm.nccl import NcclLibrary, libnccl
 from distcomm.nccl.dtypes import REDUCE_OPS, REDUCTION_CODES
-from distcomm.nccl.library import UniqueId, mapped_nccl_libraries
+from distcomm.nccl.libnccl import UniqueId, mapped_nccl_libraries
 from tests.fake_nccl import fake_nccl_path
 from tests.worker_pool import WorkerError, WorkerPool
 
@@ -102,11 +102,11 @@ def load(path: str | None = None) -> tuple[str, str, str, list[str]]:
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append  # type: ignore[method-assign]
-    library.logger.addHandler(handler)
+    libnccl.logger.addHandler(handler)
     try:
         nccl = NcclLibrary(path)
     finally:
-        library.logger.removeHandler(handler)
+        libnccl.logger.removeHandler(handler)
     return nccl.path, nccl.source, nccl.version_text, [each.getMessage() for each in records]
 
 
@@ -444,12 +444,12 @@ def test_the_header_is_understood() -> None:
 
 def declared_functions() -> dict[str, list[Any]]:
     """Every function that distcomm has a prototype of."""
-    optional = [feature.functions for feature in library._FEATURES.values()]
-    return dict(itertools.chain(library._REQUIRED.items(), *(each.items() for each in optional)))
+    optional = [feature.functions for feature in libnccl._FEATURES.values()]
+    return dict(itertools.chain(libnccl._REQUIRED.items(), *(each.items() for each in optional)))
 
 
 def test_the_features_are_those_tested_here() -> None:
-    assert {name: [*each.functions] for name, each in library._FEATURES.items()} == FEATURES
+    assert {name: [*each.functions] for name, each in libnccl._FEATURES.items()} == FEATURES
 
 
 @pytest.mark.parametrize("name", declared_functions())

@@ -167,7 +167,7 @@ def test_cycles_leave_gpu_memory_flat(gpus: WorkerPool, most_ranks: int) -> None
     assert max(used[-1]) - min(used[-1]) <= 64 << 20, used[-1]
 
 
-EXIT_WITHOUT_CLOSING = """
+PROGRAM_THAT_EXITS = """
 import torch
 from distcomm import init_distributed
 state = init_distributed(tp={world}, device="cuda", timeout=60)
@@ -185,6 +185,7 @@ assert captured[0].item() == {world} ** 2
 EXITS = {
     "unclosed": "",
     "closed": "state.close()",
+    "closed at the exit": "import atexit; atexit.register(state.close)",
     "closed, graph dropped at the end": "state.close(); del graph",
     "graph dropped, closed": "del graph; state.close()",
 }
@@ -195,7 +196,7 @@ def test_exit_code_with_live_tensors_and_graphs(
     most_ranks: int, close: str, tmp_path: Path
 ) -> None:
     script = tmp_path / "program.py"
-    script.write_text(EXIT_WITHOUT_CLOSING.format(world=most_ranks, close=close))
+    script.write_text(PROGRAM_THAT_EXITS.format(world=most_ranks, close=close))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(most_ranks), str(script)]
     done = subprocess.run(
