@@ -15,6 +15,7 @@ if [[ ! -e $venv/.ready ]]; then
     "pytest>=8" "pytest-xdist>=3.5" "pytest-timeout>=2.3"
   touch "$venv/.ready"
 fi
+mkdir -p build
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 {
   make build
