@@ -1,6 +1,8 @@
 """`init_distributed`: from a launch and a few sizes to the groups of this rank.
 
-The one mutable state of this package is `_current`, the `ParallelState` in force.
+The one mutable state of this package is `_current`, the `ParallelState` in force; but for what a
+process has only once: torch's allocator settings (`memory/alloc_conf.py`), and its end
+(`nccl/process_end.py`).
 """
 
 from __future__ import annotations
