@@ -25,6 +25,8 @@ __all__ = [
     "NcclError",
     "NcclLibraryError",
     "NotInitializedError",
+    "PeerCopyError",
+    "PlanMismatchError",
     "SymmetricMemoryError",
     "SymmetricMismatchError",
 ]
@@ -133,6 +135,26 @@ class CollectiveError(DistcommError):
         super().__init__(f"{call} failed: {cause} [{member}]")
 
 
+class PlanMismatchError(DistcommError):
+    """The ranks of a group would gather by different plans or arguments; raised on every rank.
+
+    Attributes:
+        call: what the ranks were about to do.
+        reports: global rank -> plan and arguments there, or what is wrong with them, as text.
+        odd_ranks: the ranks that differ from most of the others.
+    """
+
+    def __init__(self, call: str, reports: Mapping[int, str], *, member: GroupMember) -> None:
+        self.call = call
+        self.reports = dict(reports)
+        self.member = member
+        texts = list(self.reports.values())
+        usual = max(texts, key=texts.count)  # of equally frequent ones the first rank's
+        self.odd_ranks = [rank for rank, text in self.reports.items() if text != usual]
+        lines = "\n".join(f"  rank {rank}: {text}" for rank, text in self.reports.items())
+        super().__init__(f"{call}: ranks {self.odd_ranks} differ [{member}]\n{lines}")
+
+
 class NativeLibraryError(DistcommError):
     """distcomm's own C++ library is missing or doesn't match this Python code."""
 
@@ -170,6 +192,22 @@ class NcclError(DistcommError):
 
 class SymmetricMemoryError(DistcommError):
     """Symmetric memory can't be had, or not here."""
+
+
+class PeerCopyError(SymmetricMemoryError):
+    """The CUDA driver refused a part of a push into the ranks' memory.
+
+    Attributes:
+        code: its `CUresult`.
+        rank_in_group: the rank that pushed.
+    """
+
+    def __init__(self, code: int, *, rank_in_group: int, world_size: int) -> None:
+        self.code = code
+        self.rank_in_group = rank_in_group
+        super().__init__(
+            f"pushing rows failed with driver error {code} [rank {rank_in_group} of {world_size}]"
+        )
 
 
 class SymmetricMismatchError(SymmetricMemoryError):

@@ -16,7 +16,7 @@ from .errors import NativeLibraryError
 
 __all__ = ["NativeNccl", "RaggedCollectives"]
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _FILE_NAME = "libdistcomm_native.so"
 _ERROR_BYTES = 1024
 
@@ -63,6 +63,12 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "distcomm_read_device": (c_int, [c_void_p, c_uint64, c_size_t]),
     # to, from, num_bytes, stream
     "distcomm_copy_async": (c_int, [c_uint64, c_uint64, c_size_t, c_void_p]),
+    "distcomm_can_push": (c_int, []),
+    # rank, world_size, signals, tensors, num_tensors, runs, num_runs, stream
+    "distcomm_push_rows": (
+        c_int,
+        [c_int, c_int, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p],
+    ),
     # symbols, device, chunk_bytes
     "distcomm_heap_open": (c_void_p, [c_void_p, c_int, c_size_t]),
     "distcomm_heap_of_device": (c_void_p, [c_void_p, c_int, c_size_t]),

@@ -38,6 +38,8 @@ CudaDriver open_driver() {
   resolve(library, "cuMemMap", driver.mem_map);
   resolve(library, "cuMemSetAccess", driver.mem_set_access);
   resolve(library, "cuMemUnmap", driver.mem_unmap);
+  resolve(library, "cuMemcpy2DAsync_v2", driver.memcpy_2d_async);
+  resolve(library, "cuStreamBatchMemOp_v2", driver.stream_batch_mem_op);
   return driver;
 }
 
@@ -63,6 +65,10 @@ bool CudaDriver::can_map() const {
          mem_get_address_range != nullptr && mem_retain_allocation_handle != nullptr &&
          mem_release != nullptr && mem_map != nullptr && mem_set_access != nullptr &&
          mem_unmap != nullptr;
+}
+
+bool CudaDriver::can_push() const {
+  return complete() && memcpy_2d_async != nullptr && stream_batch_mem_op != nullptr;
 }
 
 const CudaDriver& cuda_driver() {

@@ -30,6 +30,37 @@ struct CudaMemAccess {  // CUmemAccessDesc
   int flags;
 };
 
+struct CudaBatchMemOp {  // CUstreamBatchMemOpParams: the members of its 32-bit waits and writes
+  int operation;
+  DevicePointer address;
+  uint32_t value;
+  uint32_t value_high;  // of 64-bit operations
+  unsigned flags;
+  DevicePointer alias;
+  uint64_t padding;
+};
+static_assert(sizeof(CudaBatchMemOp) == 48 && offsetof(CudaBatchMemOp, flags) == 24);
+
+struct CudaMemcpy2D {  // CUDA_MEMCPY2D, version 2
+  size_t source_x_bytes;
+  size_t source_y;
+  unsigned source_memory_type;
+  const void* source_host;
+  DevicePointer source_device;
+  void* source_array;
+  size_t source_pitch;
+  size_t dest_x_bytes;
+  size_t dest_y;
+  unsigned dest_memory_type;
+  void* dest_host;
+  DevicePointer dest_device;
+  void* dest_array;
+  size_t dest_pitch;
+  size_t width_bytes;
+  size_t height;
+};
+static_assert(sizeof(CudaMemcpy2D) == 128 && offsetof(CudaMemcpy2D, dest_device) == 88);
+
 // Signatures are those of cuda.h, of the first version of each function that distcomm needs:
 // libcuda keeps those when it adds newer ones. NULL where there is no driver.
 struct CudaDriver {
@@ -63,13 +94,17 @@ struct CudaDriver {
   CudaResult (*mem_map)(DevicePointer, size_t, size_t, CudaMemory, unsigned long long) = nullptr;
   CudaResult (*mem_set_access)(DevicePointer, size_t, const CudaMemAccess*, size_t) = nullptr;
   CudaResult (*mem_unmap)(DevicePointer, size_t) = nullptr;
+  CudaResult (*memcpy_2d_async)(const CudaMemcpy2D*, CudaStream) = nullptr;
+  CudaResult (*stream_batch_mem_op)(CudaStream, unsigned, CudaBatchMemOp*, unsigned) = nullptr;
 
-  // Whether there is a driver, with all functions but those that only the two below need.
+  // Whether there is a driver, with all functions but those that only the three below need.
   bool complete() const;
   // Whether it has what graphs with edge data need. Before CUDA 12.3 they had none.
   bool has_edge_data() const;
   // Whether it has what it takes to map memory at addresses of one's choice.
   bool can_map() const;
+  // Whether it has what distcomm_push_rows needs. Before CUDA 11.7 batches had no version 2.
+  bool can_push() const;
 };
 
 // This process's driver, looked for once.
