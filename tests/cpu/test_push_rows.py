@@ -1,0 +1,255 @@
+"""`push_rows` without a GPU: what it compiles to, and its data path in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distcomm.errors import ArgumentError
+from distcomm.kernels import PushedTensor, push_rows, signal_bytes
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).with_name("programs") / "pushed_rows.py"
+INTERPRETER_TIMEOUT_S = 100
+
+W = 4
+KERNEL_FILE = importlib.import_module("distcomm.kernels.push_rows")
+
+
+@pytest.mark.parametrize("cases", ["example", "row_sizes", "groups"])
+def test_rows_arrive(cases: str) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, PROGRAM, cases],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=INTERPRETER_TIMEOUT_S,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# ---- what it compiles to ------------------------------------------------------------------
+
+
+class PretendedDevice:
+    """Stands for Triton's driver, so that a kernel is compiled as for a launch on `arch`."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture(params=[80, 90, 100])
+def arch(request: pytest.FixtureRequest) -> Iterator[int]:
+    driver.set_active(PretendedDevice(request.param))
+    yield request.param
+    driver.set_active(None)
+
+
+def pushed(row_bytes: int, **changes: int) -> PushedTensor:
+    arguments: dict[str, Any] = {
+        "source": 0x7F0000000000,
+        "output": 0x7E0000000000,
+        "deltas": torch.zeros(W, dtype=torch.int64),
+        "row_bytes": row_bytes,
+        "source_pitch": row_bytes,
+        "output_pitch": row_bytes,
+    }
+    return PushedTensor(**arguments | changes)
+
+
+def compiled(
+    tensors: Sequence[PushedTensor],
+    *,
+    synchronizing: bool = True,
+    rows: int = 100,
+    slots: torch.Tensor | None = None,
+    table_dtype: torch.dtype = torch.int32,
+) -> list[Any]:
+    """The kernel of each launch, compiled from the launcher's own arguments."""
+    rows_to = torch.zeros(rows, dtype=table_dtype)
+    signals = torch.zeros(W, dtype=torch.int64) if synchronizing else None
+    launches = KERNEL_FILE._launches(tensors, rows_to, slots, 0, W, signals, 32)
+    return [KERNEL_FILE._push_rows_kernel.warmup(grid=(32,), **arguments) for arguments in launches]
+
+
+def accesses(kernel: Any) -> tuple[set[str], set[str]]:
+    """Types of the loads from a source, which are the evict-first ones, and of data stores."""
+    ptx = kernel.asm["ptx"]
+    loads = re.findall(r"ld\.global\.L1::evict_first\.(?:L2::cache_hint\.)?([\w.]+)", ptx)
+    return set(loads), set(re.findall(r"st\.global\.([\w.]+)", ptx))
+
+
+WIDEST = ({"v2.b64"}, {"v2.b64"})
+
+
+@pytest.mark.parametrize("row_bytes", [2048, 1152, 128, 16])
+@pytest.mark.usefixtures("arch")
+def test_aligned_rows_move_in_words_of_16_bytes(row_bytes: int) -> None:
+    slots = torch.zeros(10, dtype=torch.int64)
+    for kernel in (
+        *compiled([pushed(row_bytes)]),
+        *compiled([pushed(row_bytes)], synchronizing=False, slots=slots),
+        *compiled([pushed(row_bytes, source_pitch=row_bytes + 16)], table_dtype=torch.int64),
+        *compiled([pushed(row_bytes), pushed(2048)], slots=slots),
+    ):
+        assert accesses(kernel) == WIDEST
+
+
+@pytest.mark.parametrize(
+    ("change", "width"),
+    [
+        ({"source": 0x7F0000000008}, "b64"),
+        ({"output": 0x7F0000000004}, "b32"),
+        ({"source_pitch": 2050}, "b16"),
+        ({"output_pitch": 2056}, "b64"),
+        ({"delta_alignment": 1}, "b8"),
+    ],
+)
+@pytest.mark.usefixtures("arch")
+def test_words_are_no_wider_than_addresses_allow(change: dict[str, int], width: str) -> None:
+    (kernel,) = compiled([pushed(2048, **change)], synchronizing=False)
+    assert accesses(kernel) == ({width}, {width})
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "width"), [(136, "b64"), (132, "b32"), (6, "b16"), (7, "b8")]
+)
+@pytest.mark.usefixtures("arch")
+def test_words_divide_the_row(row_bytes: int, width: str) -> None:
+    (kernel,) = compiled([pushed(row_bytes)], synchronizing=False)
+    assert accesses(kernel) == ({width}, {width})
+
+
+def test_registers_suffice(arch: int) -> None:
+    slots = torch.zeros(10, dtype=torch.int32)
+    for kernel in (
+        *compiled([pushed(2048)]),
+        *compiled([pushed(1152)], slots=slots),
+        *compiled([pushed(2048), pushed(2048)], slots=slots),
+    ):
+        cubin = Path(next(p for p in kernel.metadata_group.values() if p.endswith(".cubin")))
+        cuobjdump = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        (registers,) = re.findall(r"REG:(\d+)", usage)
+        (stack_bytes,) = re.findall(r"STACK:(\d+)", usage)
+        assert int(registers) <= 128, (arch, usage)
+        # Some versions of ptxas keep one address there, which the loops don't use.
+        assert int(stack_bytes) <= 8, (arch, usage)
+
+
+FLAG_INSTRUCTIONS = {
+    "set": "st.release.sys.global.u32",
+    "wait": "ld.acquire.sys.global.u32",
+    "clear": "st.relaxed.sys.global.u32",
+}
+
+
+def flag_counts(kernel: Any) -> list[int]:
+    return [kernel.asm["ptx"].count(each) for each in FLAG_INSTRUCTIONS.values()]
+
+
+@pytest.mark.usefixtures("arch")
+def test_ranks_meet_before_the_first_and_after_the_last_launch() -> None:
+    tensor = pushed(256)
+    assert [flag_counts(k) for k in compiled([tensor])] == [[2, 2, 2]]
+    assert [flag_counts(k) for k in compiled([tensor] * 2)] == [[2, 2, 2]]
+    assert [flag_counts(k) for k in compiled([tensor] * 5)] == [[1, 1, 1], [0, 0, 0], [1, 1, 1]]
+    assert [flag_counts(k) for k in compiled([tensor] * 3, synchronizing=False)] == [[0, 0, 0]] * 2
+    first, *_, last = compiled([tensor] * 5)
+    set_wait_clear = [*FLAG_INSTRUCTIONS.values()]
+    order = r"bar\.sync|st\.global|" + "|".join(map(re.escape, set_wait_clear))
+    assert in_order(order, first) == [*set_wait_clear, "bar.sync", "st.global"]
+    assert in_order(order, last) == ["st.global", "bar.sync", *set_wait_clear]
+
+
+def in_order(pattern: str, kernel: Any) -> list[str]:
+    """What of `pattern` the PTX has, without repetitions."""
+    found = re.findall(pattern, kernel.asm["ptx"])
+    return [each for i, each in enumerate(found) if i == 0 or found[i - 1] != each]
+
+
+@pytest.mark.usefixtures("arch")
+def test_each_flag_belongs_to_one_thread() -> None:
+    (kernel,) = compiled([pushed(2048), pushed(132)])
+    ttgir = kernel.asm["ttgir"]
+    types = re.findall(r"elementwise_inline_asm.*-> tensor<(\d+)xi32, #(\w+)>", ttgir)
+    assert len(types) == 4
+    for num_elements, layout in types:
+        assert int(num_elements) == kernel.metadata.num_warps * 32
+        (parameters,) = re.findall(rf"^#{layout} = #ttg\.blocked<(.*)>", ttgir, re.MULTILINE)
+        assert "sizePerThread = [1]" in parameters
+        assert "threadsPerWarp = [32]" in parameters
+        assert f"warpsPerCTA = [{kernel.metadata.num_warps}]" in parameters
+
+
+@pytest.mark.usefixtures("arch")
+def test_values_do_not_cause_compilations() -> None:
+    first = compiled([pushed(2048)])
+    tensor = pushed(2048, source=0x7F0000000010, output=0x7E0000000100, output_pitch=4096)
+    for rows in (0, 1, 16, 17, 100):
+        (again,) = compiled([tensor], rows=rows)
+        assert again is first[0]
+
+
+# ---- the launcher -------------------------------------------------------------------------
+
+
+def test_signal_area_has_two_flags_per_block_and_rank() -> None:
+    assert signal_bytes(world_size=4, max_blocks=32) == 4 * 32 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows_to": torch.zeros(3)}, "push_rows: rows_to must be int32 or int64 of one dim"),
+        ({"rows_to": torch.zeros(6, dtype=torch.int32)[::2]}, "rows_to must be contiguous"),
+        ({"slots": torch.zeros(3, 1, dtype=torch.int32)}, "slots must be int32 or int64"),
+        ({"rank": 4}, "rank must be a rank in the group, 0 to 3"),
+        ({"world_size": 300}, "world_size must be 1 to 256"),
+        ({"num_blocks": 0}, "num_blocks must be at least 1; got 0"),
+        ({"signals": torch.zeros(3, dtype=torch.int64)}, "signals must be contiguous int64"),
+        ({"tensors": [pushed(0)]}, "row_bytes must be at least 1; got 0"),
+        ({"tensors": [pushed(16, output_pitch=8)]}, "output_pitch must be at least row_bytes 16"),
+        ({"tensors": [pushed(16, deltas=None)]}, "deltas must be given in a group of 4"),
+        ({"tensors": [pushed(16, deltas=torch.zeros(4))]}, "deltas must be contiguous int64"),
+        ({"tensors": [pushed(16, delta_alignment=0)]}, "delta_alignment must be a power of two"),
+    ],
+)
+def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "tensors": [pushed(16)],
+        "rows_to": torch.zeros(3, dtype=torch.int32),
+        "slots": None,
+        "rank": 0,
+        "world_size": W,
+        "signals": None,
+        "num_blocks": 1,
+    }
+    with pytest.raises(ArgumentError, match=message):
+        push_rows(**arguments | changes)
