@@ -27,6 +27,7 @@ __all__ = [
     "materialized",
     "raise_bad_reduction",
     "scattered_shapes",
+    "share_memory",
 ]
 
 
@@ -222,7 +223,7 @@ def check_exchange(
             call=call,
             member=member,
         )
-    if _overlap(output, input):
+    if share_memory(output, input):
         raise ArgumentError(
             "output",
             "in other memory than input, which is still read while output is written",
@@ -232,7 +233,7 @@ def check_exchange(
         )
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether the address ranges of two tensors meet; gaps between strided elements count."""
     if not a.numel() or not b.numel():
         return False

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .backends import TorchPgBackend
+from .backends import Backend, TorchPgBackend
 from .checks import check_dim, check_distinct, check_shape
 from .communicators import GroupCommunicators, JobContext
 from .errors import ArgumentError, GroupClosedError, GroupMember
@@ -129,6 +129,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
         """Ends the group's use on this rank; its communicators live on for groups that share
         them. Idempotent. Not collective."""
         self._closed = True
+        self._close_memory()
         self._router.close()
 
     # ---- reductions -------------------------------------------------------------------------
@@ -279,7 +280,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
         call = "cp_all_gather_into_tensor_async"
         backend = self._route(call, input)
         if input.is_cuda:
-            stream = self._checked_stream(call, stream)
+            stream = self.checked_stream(call, stream)
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 backend.all_gather_into_tensor(output, input)
@@ -370,14 +371,38 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
                     self.cpu_group, timedelta(seconds=self._job.timeout_s), wait_all_ranks=True
                 )
 
-    # ---- inside -----------------------------------------------------------------------------
+    # ---- for collectives that are built on a group ------------------------------------------
 
-    def _checked_stream(self, call: str, stream: torch.cuda.Stream | None) -> torch.cuda.Stream:
-        if stream is None or stream.device != self.device:
+    def route(self, op: str, x: torch.Tensor) -> Backend:
+        """What runs `op` on tensors like `x`, found and counted as for the group's own calls."""
+        return self._route(op, x)
+
+    def count(self, op: str, how: str, num_bytes: int) -> None:
+        """Counts a call in `stats` that no backend runs.
+
+        Args:
+            how: what runs it, in the place of a backend's name.
+            num_bytes: of the call's tensor argument.
+        """
+        self._router.count(op, how, num_bytes)
+
+    def count_fallback(self, op: str, how: str, reason: str) -> None:
+        """Counts in `stats` why `op` goes another way than could be expected; logged once."""
+        self._router.count_fallback(op, how, reason)
+
+    def checked_stream(self, call: str, stream: object) -> torch.cuda.Stream:
+        """`stream`, if it is one of the group's device.
+
+        Raises:
+            ArgumentError: it isn't.
+        """
+        if not isinstance(stream, torch.cuda.Stream) or stream.device != self.device:
             raise ArgumentError(
                 "stream", f"a CUDA stream of {self.device}", stream, call=call, member=self.member
             )
         return stream
+
+    # ---- inside -----------------------------------------------------------------------------
 
     def _channel(self, call: str) -> ObjectChannel:
         self._refuse_if_closed(call)

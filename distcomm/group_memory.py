@@ -12,10 +12,13 @@ import torch
 from .communicators import GroupCommunicators, JobContext
 from .errors import ArgumentError, GroupMember
 from .handles import StreamHandle
+from .kernels import MAX_BLOCKS, signal_bytes
 from .memory import (
     CaptureLog,
     InactiveContext,
     MemoryContext,
+    PeerChannel,
+    SuspendedContext,
     SymmetricMemoryContext,
     expandable_segments_off,
     placement_check,
@@ -53,6 +56,8 @@ class GroupMemory:
         self._symmetric_counters: Counter[str] = Counter()
         self._inactive: Counter[str] = Counter()
         self._num_captures = 0
+        self._peer_channel: PeerChannel | str | None = None
+        self._kept_for_graphs: dict[int, torch.Tensor] = {}
         self._parked_handles: list[StreamHandle] = []
         windows = self._communicators.windows
         if windows is not None and self._job.verifies_symmetric:
@@ -115,6 +120,20 @@ class GroupMemory:
             )
         return pointers
 
+    def suspend_symmetric_memory(self) -> MemoryContext:
+        """A ``with`` block whose new tensors are ordinary memory, whatever contexts it is in."""
+        pool = self._job.symmetric_pool
+        return InactiveContext() if pool is None else SuspendedContext(pool)
+
+    def placement(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """The segment that `tensor` begins in, and the offset there; the same on all ranks if they
+        have allocated the same. None if it isn't symmetric for this group. Local."""
+        windows = self._communicators.windows
+        place = None
+        if windows is not None and windows.is_symmetric(tensor):
+            place = windows.find(tensor.data_ptr())
+        return None if place is None else (place.ordinal, place.offset)
+
     def stream_handle(
         self, stream: torch.cuda.Stream, tensors: Sequence[torch.Tensor]
     ) -> StreamHandle:
@@ -137,6 +156,34 @@ class GroupMemory:
             return False
         # Not the tensor's own address, which an empty slice of a buffer has none of.
         return pool.contains(tensor.untyped_storage().data_ptr()) or pool.overflowed
+
+    def keep_if_capturing(self, tensor: torch.Tensor) -> None:
+        """Keeps a tensor that a CUDA graph under capture uses, until the group is closed.
+
+        For what the caller doesn't know of, and so can't keep.
+        """
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._kept_for_graphs[tensor.data_ptr()] = tensor
+
+    def peer_channel(self) -> PeerChannel | str:
+        """What kernels need that write into peers' memory; or why there can be none.
+
+        Collective when first called, and local from then on. The same on all ranks.
+
+        Raises:
+            SymmetricMemoryError: when first called, a rank didn't come, or captures a graph.
+        """
+        if self._peer_channel is None:
+            self._peer_channel = self._open_peer_channel()
+        channel = self._peer_channel
+        return channel if isinstance(channel, str) else channel.problem or channel
+
+    def announce(self, op: str, *tensors: torch.Tensor) -> None:
+        """To be called before a collective that writes to the same place of every rank's tensors.
+
+        They are compared between ranks where collectives are, as in `graph_capture`.
+        """
+        self._router.announce(op, tensors, True)
 
     @contextmanager
     def graph_capture(
@@ -204,6 +251,17 @@ class GroupMemory:
         log.compare()
 
     # ---- inside -----------------------------------------------------------------------------
+
+    def _open_peer_channel(self) -> PeerChannel | str:
+        windows, pool = self._communicators.windows, self._job.symmetric_pool
+        if windows is None or pool is None or windows.unsupported is not None:
+            return self._why_inactive(True)
+        num_bytes = signal_bytes(self.member.world_size, MAX_BLOCKS)
+        return PeerChannel(pool, windows, num_bytes, self._job.timeout_s)
+
+    def _close_memory(self) -> None:
+        self._peer_channel = "the group is closed"
+        self._kept_for_graphs.clear()
 
     def _memory_stats(self) -> dict[str, object]:
         windows = self._communicators.windows

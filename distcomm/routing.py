@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,17 +18,26 @@ __all__ = ["Router"]
 logger = logging.getLogger(__name__)
 
 
-class _Route:
-    """The backend of one kind of call, and how often it was taken."""
+class _Counter:
+    """How often one way was taken."""
 
-    __slots__ = ("backend", "backend_name", "calls", "fallback_reason", "num_bytes")
+    __slots__ = ("calls", "name", "num_bytes")
 
-    def __init__(self, backend: Backend, backend_name: str, fallback_reason: str | None) -> None:
-        self.backend = backend
-        self.backend_name = backend_name
-        self.fallback_reason = fallback_reason
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.calls = 0
         self.num_bytes = 0
+
+
+class _Route(_Counter):
+    """The backend of one kind of call, and how often it was taken."""
+
+    __slots__ = ("backend", "fallback_reason")
+
+    def __init__(self, backend: Backend, name: str, fallback_reason: str | None) -> None:
+        super().__init__(name)
+        self.backend = backend
+        self.fallback_reason = fallback_reason
 
 
 class Router:
@@ -48,6 +58,8 @@ class Router:
         self._pynccl = communicators.pynccl
         self._backends: dict[str, Backend] = {}
         self._routes: dict[tuple[str, bool, bool, bool], _Route] = {}
+        self._others: dict[tuple[str, str], _Counter] = {}
+        self._fallbacks: Counter[tuple[str, str]] = Counter()
         self._observers: tuple[Observer, ...] = ()
         self._closed = False
         self._stats_at_close: dict[str, Any] = {}
@@ -69,8 +81,30 @@ class Router:
         route.num_bytes += x.nbytes
         return route.backend
 
+    def count(self, op: str, how: str, num_bytes: int) -> None:
+        """Counts a call that no backend runs.
+
+        Raises:
+            GroupClosedError: the group is closed.
+        """
+        if self._closed:
+            raise GroupClosedError(f"{op}: the group is closed [{self._member}]")
+        counter = self._others.setdefault((op, how), _Counter(how))
+        counter.calls += 1
+        counter.num_bytes += num_bytes
+
+    def count_fallback(self, op: str, how: str, reason: str) -> None:
+        """Counts why `op` goes another way than could be expected; logged once."""
+        if not self._fallbacks[op, reason]:
+            self._log_fallback(op, how, reason)
+        self._fallbacks[op, reason] += 1
+
+    def announce(self, op: str, tensors: tuple[torch.Tensor, ...], placed: bool) -> None:
+        """Tells the observers of a call that no backend runs, before it is made."""
+        self._tell(op, tensors, placed)
+
     def add_observer(self, observer: Observer) -> None:
-        """From now on `observer` is told of every NCCL collective before it is made."""
+        """From now on `observer` is told of every collective on the GPU before it is made."""
         self._observers = (*self._observers, observer)
 
     def remove_observer(self, observer: Observer) -> None:
@@ -87,18 +121,19 @@ class Router:
         if self._closed:
             return self._stats_at_close
         ops: dict[str, dict[str, dict[str, int]]] = {}
-        fallbacks: dict[str, int] = {}
-        for (op, *_), route in self._routes.items():
-            counters = ops.setdefault(op, {}).setdefault(
-                route.backend_name, {"calls": 0, "bytes": 0}
-            )
-            counters["calls"] += route.calls
-            counters["bytes"] += route.num_bytes
+        counters: list[tuple[str, _Counter]] = [(key[0], c) for key, c in self._routes.items()]
+        counters += [(op, counter) for (op, _), counter in self._others.items()]
+        for op, counter in counters:
+            total = ops.setdefault(op, {}).setdefault(counter.name, {"calls": 0, "bytes": 0})
+            total["calls"] += counter.calls
+            total["bytes"] += counter.num_bytes
+        fallbacks: Counter[str] = Counter()
+        for (_, reason), calls in self._fallbacks.items():
+            fallbacks[reason] += calls
+        for route in self._routes.values():
             if route.fallback_reason is not None:
-                fallbacks[route.fallback_reason] = (
-                    fallbacks.get(route.fallback_reason, 0) + route.calls
-                )
-        return {"ops": ops, "fallbacks": fallbacks}
+                fallbacks[route.fallback_reason] += route.calls
+        return {"ops": ops, "fallbacks": dict(fallbacks)}
 
     def close(self) -> None:
         """Later calls raise `GroupClosedError`. Idempotent."""
@@ -123,18 +158,15 @@ class Router:
                 call=op,
                 member=self._member,
             )
-        if choice.fallback_reason is not None:
-            logger.warning(
-                "%s: using '%s', because %s [%s]",
-                op,
-                choice.backend,
-                choice.fallback_reason,
-                self._member,
-            )
         backend = self._backend(choice.backend)
         if observed and choice.backend == "pynccl":
             backend = ObservedBackend(backend, self._tell)
+        if choice.fallback_reason is not None:
+            self._log_fallback(op, choice.backend, choice.fallback_reason)
         return _Route(backend, choice.backend, choice.fallback_reason)
+
+    def _log_fallback(self, op: str, how: str, reason: str) -> None:
+        logger.warning("%s: using '%s', because %s [%s]", op, how, reason, self._member)
 
     def _tell(self, op: str, tensors: tuple[torch.Tensor, ...], placed: bool) -> None:
         for observer in self._observers:

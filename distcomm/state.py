@@ -22,7 +22,7 @@ from .errors import (
 from .group import GroupCoordinator
 from .group_memory import GraphCapture, capture_stream
 from .layout import ParallelLayout
-from .memory import InactiveContext, MemoryContext, SuspendedContext, SymmetricPool
+from .memory import MemoryContext, SymmetricPool
 from .process_groups import (
     collective_errors,
     create_default_process_group,
@@ -187,9 +187,7 @@ class ParallelState:
 
     def suspend_symmetric_memory(self) -> MemoryContext:
         """A ``with`` block whose new tensors are ordinary memory, whatever contexts it is in."""
-        if self.symmetric_pool is None:
-            return InactiveContext()
-        return SuspendedContext(self.symmetric_pool)
+        return self.world.suspend_symmetric_memory()
 
     def _close_pool(self, pool: SymmetricPool) -> None:
         """Bounded, as freeing memory waits for the device, where a dead rank's peers may hang."""
@@ -242,6 +240,7 @@ class ParallelState:
         except DistcommError as error:
             problem = str(error)
         self._pass("symmetric/windows", problem)
+        pool.take_signals(0)  # cuts their page, on all ranks alike
 
     def _log_known_issues(self) -> None:
         if self.rank == 0 and self._job.issues is not None:

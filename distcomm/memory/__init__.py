@@ -1,6 +1,8 @@
 """Memory that every rank has at the same place: segments, windows, pools."""
 
 from .alloc_conf import AllocatorSettings, block_settings, expandable_segments_off
+from .peer_channel import PeerChannel
+from .peer_copy import PeerCopies, PushedRows, RowRun, RowRuns
 from .placement import CaptureLog, placement_check
 from .segment_heap import next_ordinal_of_device
 from .symmetric_context import (
@@ -18,6 +20,11 @@ __all__ = [
     "GroupWindows",
     "InactiveContext",
     "MemoryContext",
+    "PeerChannel",
+    "PeerCopies",
+    "PushedRows",
+    "RowRun",
+    "RowRuns",
     "SuspendedContext",
     "SymmetricMemoryContext",
     "SymmetricOutOfMemoryError",

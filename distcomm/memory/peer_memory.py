@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from ..errors import SymmetricMemoryError
+from ..native import NativeNccl
 from ..nccl import PyNcclCommunicator
 from .segment_heap import HeapLocation, SegmentHeap
 
-__all__ = ["PeerMemory", "WindowLayout"]
+__all__ = ["PeerMemory", "WindowLayout", "copy_bounded"]
 
 logger = logging.getLogger(__name__)
 
@@ -243,24 +245,36 @@ class PeerMemory:
         return reports
 
     def _copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Copies (to, from, bytes), within the timeout."""
-        device = self._comm.device
-        copy = self._comm.native.functions.distcomm_copy_async
-        # Not a stream of its own: torch hands out a few in turn, and which one a rank gets next
-        # must not depend on what groups it is in.
-        stream = torch.cuda.current_stream(device)
-        for to, source, num_bytes in copies:
-            code = copy(to, source, num_bytes, stream.cuda_stream)
-            if code:
-                raise _ProbeFailed(f"a copy to peer memory failed with driver error {code}")
-        done = stream.record_event()
-        deadline = time.monotonic() + self._timeout_s
-        while not done.query():
-            if time.monotonic() > deadline:
-                raise _ProbeFailed(
-                    f"a copy to peer memory did not end within {self._timeout_s:g} s"
-                )
-            time.sleep(_POLL_S)
+        try:
+            copy_bounded(self._comm.native, self._comm.device, copies, self._timeout_s)
+        except SymmetricMemoryError as error:
+            raise _ProbeFailed(str(error)) from error
+
+
+def copy_bounded(
+    native: NativeNccl,
+    device: torch.device,
+    copies: Sequence[tuple[int, int, int]],
+    timeout_s: float,
+) -> None:
+    """Copies (to, from, bytes) on the current stream, and waits for the end.
+
+    Raises:
+        SymmetricMemoryError: a copy failed, or didn't end in time.
+    """
+    # Not a stream of its own: torch hands out a few in turn, and which are the same must not differ
+    # between ranks.
+    stream = torch.cuda.current_stream(device)
+    for to, source, num_bytes in copies:
+        code = native.functions.distcomm_copy_async(to, source, num_bytes, stream.cuda_stream)
+        if code:
+            raise SymmetricMemoryError(f"a copy to peer memory failed with driver error {code}")
+    done = stream.record_event()
+    deadline = time.monotonic() + timeout_s
+    while not done.query():
+        if time.monotonic() > deadline:
+            raise SymmetricMemoryError(f"a copy to peer memory did not end within {timeout_s:g} s")
+        time.sleep(_POLL_S)
 
 
 def _mark(rank: int) -> bytes:

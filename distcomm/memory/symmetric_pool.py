@@ -18,6 +18,9 @@ __all__ = ["SymmetricOutOfMemoryError", "SymmetricPool", "parse_num_bytes"]
 
 logger = logging.getLogger(__name__)
 
+_SIGNAL_PAGE_BYTES = 2 << 20  # what the heap cuts at least
+_SIGNAL_ALIGNMENT = 128
+
 _NUM_BYTES = re.compile(r"([0-9]+)\s*(?:([kmgt])i?)?b?")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -90,6 +93,8 @@ class SymmetricPool:
         self.routing = PoolRouting(nccl, device)
         self._groups: list[GroupWindows] = []
         self.frozen = False
+        self._signal_page = 0
+        self._signals_used = 0
         self._warned_frozen = False
         self._warned_not_mapped = False
         self._closed = False
@@ -218,6 +223,23 @@ class SymmetricPool:
         if windows in self._groups:
             self._groups.remove(windows)
 
+    def take_signals(self, num_bytes: int) -> int:
+        """The address of memory for a group's signals, for good; 0 if there is no more.
+
+        From a page that all ranks have cut alike, so that groups of some ranks only leave the
+        others' memory where theirs is.
+        """
+        if not self._signal_page:
+            self._signal_page = self.heap.alloc(_SIGNAL_PAGE_BYTES)
+            if not self._signal_page:
+                self.heap.take_failure()
+                return 0
+        start = self._signals_used
+        if start + num_bytes > _SIGNAL_PAGE_BYTES:
+            return 0
+        self._signals_used += num_bytes + -num_bytes % _SIGNAL_ALIGNMENT
+        return self._signal_page + start
+
     @property
     def overflowed(self) -> bool:
         """Whether the pool, frozen, has given out ordinary memory."""
@@ -249,6 +271,8 @@ class SymmetricPool:
             return
         self._closed = True
         self.routing.close()
+        if self._signal_page:
+            self.heap.free(self._signal_page)
         self.heap.freeze(False)
         self.heap.defer_frees(False)  # what outlives the pool goes back at once
         self.heap.retire_all()
