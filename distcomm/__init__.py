@@ -9,6 +9,13 @@ package has no side effects.
 """
 
 from . import symmetric
+from .context_parallel import (
+    ContextParallelPlan,
+    KvGather,
+    PipelinedKvGather,
+    all_gather_kv,
+    all_gather_kv_into_cache,
+)
 from .errors import (
     AlreadyInitializedError,
     ArgumentError,
@@ -25,6 +32,8 @@ from .errors import (
     NcclError,
     NcclLibraryError,
     NotInitializedError,
+    PeerCopyError,
+    PlanMismatchError,
     SymmetricMemoryError,
     SymmetricMismatchError,
 )
@@ -61,12 +70,14 @@ __all__ = [
     "CaptureMismatchError",
     "CollectiveError",
     "CommunicatorDisabledError",
+    "ContextParallelPlan",
     "DistcommError",
     "GraphCapture",
     "GroupClosedError",
     "GroupCoordinator",
     "GroupMember",
     "InitializationError",
+    "KvGather",
     "LaunchError",
     "LayoutError",
     "NativeLibraryError",
@@ -76,12 +87,17 @@ __all__ = [
     "NotInitializedError",
     "ParallelLayout",
     "ParallelState",
+    "PeerCopyError",
+    "PipelinedKvGather",
+    "PlanMismatchError",
     "PyNcclCommunicator",
     "SymmetricMemoryError",
     "SymmetricMismatchError",
     "SymmetricOutOfMemoryError",
     "SymmetricPool",
     "__version__",
+    "all_gather_kv",
+    "all_gather_kv_into_cache",
     "destroy_distributed",
     "get_attn_tp_group",
     "get_cp_group",
