@@ -136,12 +136,11 @@ def _shared_input(options: Options, state: ParallelState) -> bytes:
 
 
 def _say_what_runs(options: Options, state: ParallelState, model: ParallelTransformer) -> None:
-    zigzag = model.zigzag
-    num_padding = zigzag.num_padded_tokens - model.num_tokens
+    shares = " + ".join(map(str, model.plan.tokens_per_rank))
     _say(
         f"{state.describe()}\n\n"
-        f"text   {options.input.name}: {model.num_tokens} tokens (bytes) and {num_padding} of "
-        f"padding, in {2 * state.cp.world_size} zigzag blocks of {zigzag.block_size}\n"
+        f"text   {options.input.name}: {model.plan.num_tokens} tokens (bytes), in zigzag {shares} "
+        "over the ranks of a cp group\n"
         f"model  {options.layers} layers, hidden {options.hidden}, {options.heads} heads, "
         f"{options.kv_heads} KV heads, MLP {options.mlp}, fp32, seed {options.seed}\n\n"
         f"over {state.world_size} processes"

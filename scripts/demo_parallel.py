@@ -1,7 +1,7 @@
 """The transformer of demo_model.py over the ranks of a job.
 
-W size of the cp group, T tokens of this rank, P = W * T tokens of all ranks, C hidden size,
-H and K query and key/value heads of this rank, D head dim, V vocabulary.
+S tokens of this rank, T tokens of all ranks of the cp group, C hidden size, H and K query and
+key/value heads of this rank, D head dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from demo_model import (
@@ -23,9 +24,15 @@ from demo_model import (
 )
 from demo_options import Options
 
-from distcomm import AsyncHandle, GroupCoordinator, ParallelState
+from distcomm import (
+    ContextParallelPlan,
+    GroupCoordinator,
+    ParallelState,
+    PipelinedKvGather,
+    all_gather_kv,
+)
 
-__all__ = ["CallTimer", "ParallelTransformer", "Zigzag"]
+__all__ = ["CallTimer", "ParallelTransformer"]
 
 
 class CallTimer:
@@ -55,47 +62,12 @@ class CallTimer:
             torch.cuda.current_stream(self._device).synchronize()
 
 
-class Zigzag:
-    """Which tokens a context-parallel rank has: blocks r and 2W-1-r of 2W equal blocks.
-
-    So every rank has an early block, which attends to little, and a late one, which attends to
-    much. Six tokens over W = 2 ranks are padded to eight, in blocks of two:
-
-    >>> Zigzag(6, cp_size=2, cp_rank=0).positions().tolist()
-    [0, 1, 6, 7]
-    >>> Zigzag(6, cp_size=2, cp_rank=1).positions().tolist()
-    [2, 3, 4, 5]
-    """
-
-    def __init__(self, num_tokens: int, cp_size: int, cp_rank: int) -> None:
-        self._cp_size = cp_size
-        self._cp_rank = cp_rank
-        self.block_size = -(-num_tokens // (2 * cp_size))
-        self.num_padded_tokens = 2 * cp_size * self.block_size
-        self.block_starts = self._starts(cp_rank)
-
-    def positions(self) -> torch.Tensor:
-        """Positions in the text of this rank's tokens, int64 [T]."""
-        return self._positions(self._cp_rank)
-
-    def token_order(self) -> torch.Tensor:
-        """The row of each token where all ranks' tokens lie one rank after another, int64 [P]."""
-        return torch.cat([self._positions(rank) for rank in range(self._cp_size)]).argsort()
-
-    def _starts(self, rank: int) -> tuple[int, int]:
-        return rank * self.block_size, (2 * self._cp_size - 1 - rank) * self.block_size
-
-    def _positions(self, rank: int) -> torch.Tensor:
-        blocks = [torch.arange(start, start + self.block_size) for start in self._starts(rank)]
-        return torch.cat(blocks)
-
-
 class ParallelTransformer:
     """This rank's part of the model.
 
-    Attention heads are split over attn_tp, the text over cp, the MLP and the vocabulary over tp.
-    Where cp is inside tp, the ranks of a tp group hold different tokens, so what is split over
-    tp first gathers the tokens over cp.
+    Attention heads are split over attn_tp, the text in zigzag over cp, the MLP and the vocabulary
+    over tp. Where cp is inside tp, the ranks of a tp group hold different tokens, so what is split
+    over tp first gathers the tokens over cp.
 
     Args:
         options: the sizes.
@@ -103,6 +75,9 @@ class ParallelTransformer:
         state: the groups.
         num_tokens: tokens of the text.
         timed: wraps every collective.
+
+    Attributes:
+        plan: which rank of the cp group has which tokens.
     """
 
     def __init__(
@@ -120,25 +95,21 @@ class ParallelTransformer:
         self._layers = [_share_of_layer(layer, options, state) for layer in weights.layers]
         self._lm_head = _columns(weights.lm_head, state.tp)
         self._timed = timed
-        self.zigzag = Zigzag(num_tokens, state.cp.world_size, state.cp.rank_in_group)
-        self.num_tokens = num_tokens
-        self._positions = self.zigzag.positions().to(state.device)
-        self._token_order = self.zigzag.token_order().to(state.device)
-        self._rope = rope_tables(self._positions, options.head_dim)
-        on_cuda = state.device.type == "cuda"
-        self._stream = torch.cuda.Stream(state.device) if on_cuda else None
+        self.plan = ContextParallelPlan([num_tokens], state.cp.world_size)
+        cp_rank = state.cp.rank_in_group
+        self._tokens = self.plan.token_indices(cp_rank, state.device)
+        self._attention_lengths = self.plan.attention_lengths(cp_rank)
+        self._rope = rope_tables(self.plan.positions(cp_rank, state.device), options.head_dim)
+        self._kv_gather = PipelinedKvGather(state.cp, num_tokens)
 
     def logits(
         self, token_ids: torch.Tensor, on_layer: Callable[[int], None]
     ) -> torch.Tensor | None:
-        """Token ids of the whole text -> logits [num_tokens, V] on global rank 0, else None.
+        """Token ids of the whole text -> logits [T, V] on global rank 0, else None.
 
         Collective among all ranks. `on_layer` is called with the number of layers done.
         """
-        num_padding = self.zigzag.num_padded_tokens - self.num_tokens
-        # At the end, where no token of the text attends to it.
-        padded_ids = torch.nn.functional.pad(token_ids, (0, num_padding))
-        x = self._embedding[padded_ids[self._positions]]
+        x = self._embedding[token_ids[self._tokens]]
         for number, layer in enumerate(self._layers, start=1):
             x = x + self._attention(rms_norm(x, layer.attn_norm), layer)
             x = x + self._mlp(rms_norm(x, layer.mlp_norm), layer)
@@ -146,70 +117,70 @@ class ParallelTransformer:
         return self._collected(self._next_byte(rms_norm(x, self._final_norm)))
 
     def _attention(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        """[T, C] -> [T, C]. The gathers of keys and values run beside the next projection."""
-        k = apply_rope(self._heads(x @ layer.wk), self._rope)
-        all_k, k_handle = self._start_gather(k)
-        v = self._heads(x @ layer.wv)
-        all_v, v_handle = self._start_gather(v)
+        """[S, C] -> [S, C]. The gathers of keys and values run beside the next projection."""
+        self._start_gather(apply_rope(self._heads(x @ layer.wk), self._rope))
+        self._start_gather(self._heads(x @ layer.wv))
         q = apply_rope(self._heads(x @ layer.wq), self._rope)
-        all_k = self._finish_gather(all_k, k_handle)
-        all_v = self._finish_gather(all_v, v_handle)
-        blocks = zip(q.split(self.zigzag.block_size), self.zigzag.block_starts, strict=True)
-        attended = torch.cat([causal_attention(b, all_k, all_v, start) for b, start in blocks])
-        return self._all_reduce(self._attn_tp, attended @ layer.wo)
+        k, v = self._finish_gather(), self._finish_gather()
+        (q_lens,), (kv_lens,) = self._attention_lengths.q_lens, self._attention_lengths.kv_lens
+        attended = [
+            causal_attention(block, k, v, kv_len - len(block))
+            for block, kv_len in zip(q.split(q_lens), kv_lens, strict=True)
+            if len(block)
+        ]
+        # A rank has no tokens at all where the text is shorter than the cp group.
+        rows = torch.cat(attended) if attended else q.flatten(1)
+        return self._all_reduce(self._attn_tp, rows @ layer.wo)
 
     def _mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        """[T, C] -> [T, C]."""
+        """[S, C] -> [S, C]."""
         partial = gated_mlp(self._tokens_of_tp_group(x), layer)
         return self._own_tokens(self._all_reduce(self._tp, partial))
 
     def _next_byte(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, C] -> logits [T, V]."""
+        """[S, C] -> logits [S, V]."""
         share = self._tokens_of_tp_group(x) @ self._lm_head
         with self._timed(self._tp, "all_gather"):
             logits = self._tp.all_gather(share, dim=-1)
         return self._own_tokens(logits)
 
     def _collected(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """This rank's logits [T, V] -> those of the text, in order, on global rank 0."""
+        """This rank's logits [S, V] -> those of the text, in order, on global rank 0."""
         if self._cp.first_rank != 0:
             return None  # another cp group has the same logits
-        with self._timed(self._cp, "gather"):
-            gathered = self._cp.gather(logits, dst=0, dim=0)
-        return None if gathered is None else gathered[self._token_order][: self.num_tokens]
+        with self._timed(self._cp, "all_gather_kv"):
+            gathered = all_gather_kv(self._cp, self.plan, logits)
+        return gathered if self._cp.rank == 0 else None
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(len(x), -1, self._head_dim)
+        return x.view(len(x), x.shape[1] // self._head_dim, self._head_dim)
 
-    def _start_gather(self, x: torch.Tensor) -> tuple[torch.Tensor, AsyncHandle]:
-        """[T, K, D] -> [P, K, D], rank after rank, ready when the handle has been waited for."""
-        gathered = x.new_empty((self.zigzag.num_padded_tokens, *x.shape[1:]))
-        with self._timed(self._cp, "cp_all_gather_into_tensor_async"):
-            handle = self._cp.cp_all_gather_into_tensor_async(gathered, x, self._stream)
-        return gathered, handle
+    def _start_gather(self, x: torch.Tensor) -> None:
+        """[S, K, D] -> [T, K, D], beside what follows."""
+        with self._timed(self._cp, "all_gather_kv"):
+            self._kv_gather.start(self.plan, x)
 
-    def _finish_gather(self, gathered: torch.Tensor, handle: AsyncHandle) -> torch.Tensor:
-        """The same in token order."""
-        with self._timed(self._cp, "cp_all_gather_into_tensor_async"):
-            handle.wait()
-        return gathered[self._token_order]
+    def _finish_gather(self) -> torch.Tensor:
+        with self._timed(self._cp, "all_gather_kv"):
+            return cast(torch.Tensor, self._kv_gather.finish())  # as one went in
 
     def _all_reduce(self, group: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
         with self._timed(group, "all_reduce"):
             return group.all_reduce(x, out=x)
 
     def _tokens_of_tp_group(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, C] -> all tokens of this rank's tp group: [P, C], rank after rank, or x itself."""
+        """[S, C] -> all tokens of this rank's tp group: [T, C], rank after rank, or x itself."""
         if not self._cp_is_inside_tp:
             return x
-        with self._timed(self._cp, "all_gather"):
-            return self._cp.all_gather(x, dim=0)
+        with self._timed(self._cp, "all_gatherv"):
+            return self._cp.all_gatherv(x, self.plan.tokens_per_rank)
 
     def _own_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """The way back from `_tokens_of_tp_group`."""
         if not self._cp_is_inside_tp:
             return x
-        return x.chunk(self._cp.world_size)[self._cp.rank_in_group]
+        shares: tuple[torch.Tensor, ...] = x.split(self.plan.tokens_per_rank)
+        return shares[self._cp.rank_in_group]
 
 
 def _share_of_layer(layer: LayerWeights, options: Options, state: ParallelState) -> LayerWeights:

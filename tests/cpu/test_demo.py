@@ -11,7 +11,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from demo_options import Options, parse_options
-from demo_parallel import Zigzag
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "scripts" / "demo.py"
@@ -69,7 +68,7 @@ def test_four_ranks_with_cp_inside_tp() -> None:
     assert "Traceback" not in done.stderr
     assert "4 ranks, cp inside_tp" in done.stdout
     assert "rank 0: device cpu, local rank 0, gloo" in done.stdout
-    assert "256 tokens (bytes) and 0 of padding, in 4 zigzag blocks of 64" in done.stdout
+    assert "256 tokens (bytes), in zigzag 128 + 128 over the ranks of a cp group" in done.stdout
     over_ranks, in_one = done.stdout.split("in one process\n")[:2]
     for part in (over_ranks, in_one):
         assert "  layer 1 of 2 " in part
@@ -79,25 +78,25 @@ def test_four_ranks_with_cp_inside_tp() -> None:
     hidden_bytes, logits_bytes = 128 * 256 * 4, 128 * 256 * 4  # of a rank's 128 tokens
     kv_bytes = 128 * 128 * 4 // 2  # of one of two attn_tp ranks
     assert {key: cells[:3] for key, cells in table(done.stdout).items()} == {
-        ("cp_all_gather_into_tensor_async", "cp"): ["gloo", "4", f"{4 * kv_bytes:,}"],
+        # Keys and values of two layers, and the logits.
+        ("all_gather_kv", "cp"): ["gloo", "5", f"{4 * kv_bytes + logits_bytes:,}"],
         ("all_reduce", "attn_tp"): ["gloo", "2", f"{2 * hidden_bytes:,}"],
-        ("all_gather", "cp"): ["gloo", "3", f"{3 * hidden_bytes:,}"],
+        ("all_gatherv", "cp"): ["gloo", "3", f"{3 * hidden_bytes:,}"],
         ("all_reduce", "tp"): ["gloo", "2", f"{2 * 2 * hidden_bytes:,}"],
         ("all_gather", "tp"): ["gloo", "1", f"{2 * logits_bytes // 4:,}"],
-        ("gather", "cp"): ["gloo", "1", f"{logits_bytes:,}"],
     }
 
 
-def test_eight_ranks_with_cp_beside_tp_shared_kv_heads_and_padding() -> None:
+def test_eight_ranks_with_cp_beside_tp_shared_kv_heads_and_uneven_shares() -> None:
     sizes = ("--nproc", 8, "--tp", 4, "--cp", 2, "--layers", 2, "--kv-heads", 2)
 
     done = run_demo(*sizes, "--max-tokens", 249, "--cp-layout", "beside_tp")
 
     assert done.returncode == 0, done.stderr
     assert "8 ranks, cp beside_tp" in done.stdout
-    assert "249 tokens (bytes) and 3 of padding, in 4 zigzag blocks of 63" in done.stdout
+    assert "249 tokens (bytes), in zigzag 125 + 124 over" in done.stdout
     assert "equal predictions   249 of 249" in done.stdout
-    assert ("all_gather", "cp") not in table(done.stdout)
+    assert ("all_gatherv", "cp") not in table(done.stdout)
     assert done.stdout.endswith("\nOK\n")
 
 
@@ -105,7 +104,7 @@ def test_fewer_tokens_than_blocks() -> None:
     done = run_demo("--nproc", 3, "--tp", 1, "--cp", 3, "--layers", 2, "--max-tokens", 2)
 
     assert done.returncode == 0, done.stderr
-    assert "2 tokens (bytes) and 4 of padding, in 6 zigzag blocks of 1" in done.stdout
+    assert "2 tokens (bytes), in zigzag 1 + 1 + 0 over" in done.stdout
     assert done.stdout.endswith("\nOK\n")
 
 
@@ -120,9 +119,8 @@ def test_a_difference_above_the_tolerance_fails() -> None:
 @pytest.mark.parametrize(
     "wrong_call",
     [
-        "all_reduce = lambda self, x, op='sum', out=None: x",
-        "cp_all_gather_into_tensor_async = lambda self, output, input, stream: "
-        "gather(self, output, input.roll(1, 0), stream)",
+        "GroupCoordinator.all_reduce = lambda self, x, op='sum', out=None: x",
+        "PipelinedKvGather.start = lambda self, plan, x: start(self, plan, x.roll(1, 0))",
     ],
     ids=["all_reduce", "kv_gather"],
 )
@@ -132,10 +130,10 @@ def test_a_wrong_collective_fails(wrong_call: str, tmp_path: Path) -> None:
         textwrap.dedent(f"""
             import runpy, sys
             sys.path[:0] = [{str(REPOSITORY)!r}, {str(DEMO.parent)!r}]
-            from distcomm import GroupCoordinator
+            from distcomm import GroupCoordinator, PipelinedKvGather
 
-            gather = GroupCoordinator.cp_all_gather_into_tensor_async
-            GroupCoordinator.{wrong_call}
+            start = PipelinedKvGather.start
+            {wrong_call}
             runpy.run_path({str(DEMO)!r}, run_name="__main__")
         """)
     )
@@ -260,28 +258,3 @@ def test_only_rank_0_complains(
 
     assert stopped.value.code == 2
     assert capsys.readouterr().err == ""
-
-
-# ---- order of tokens ------------------------------------------------------------------------
-
-
-def test_zigzag_blocks() -> None:
-    ranks = [Zigzag(6, cp_size=2, cp_rank=rank) for rank in range(2)]
-
-    assert [rank.positions().tolist() for rank in ranks] == [[0, 1, 6, 7], [2, 3, 4, 5]]
-    assert [rank.block_starts for rank in ranks] == [(0, 6), (2, 4)]
-    assert ranks[0].token_order().tolist() == [0, 1, 4, 5, 6, 7, 2, 3]
-
-
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 5])
-@pytest.mark.parametrize("num_tokens", [2, 15, 60])
-def test_zigzag_has_each_token_once_and_balances_work(cp_size: int, num_tokens: int) -> None:
-    ranks = [Zigzag(num_tokens, cp_size, rank) for rank in range(cp_size)]
-
-    positions = [position for rank in ranks for position in rank.positions().tolist()]
-    num_padded = ranks[0].num_padded_tokens
-    assert sorted(positions) == list(range(num_padded))
-    assert 0 <= num_padded - num_tokens < 2 * cp_size
-    in_order = [positions[row] for row in ranks[0].token_order().tolist()]
-    assert in_order == list(range(num_padded))
-    assert len({int(rank.positions().sum()) for rank in ranks}) == 1
