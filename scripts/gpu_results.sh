@@ -31,8 +31,8 @@ make build > "$folder/build.log" 2>&1 || { cat "$folder/build.log"; exit 1; }
 PYTHONPATH=. timeout 60 python3 -m distcomm.bench register --json "$folder/register-h200.json" \
   || failed=1
 if [[ $gpus -gt 1 ]]; then
-  for bench in symmetric host; do
-    timeout 60 make bench BENCH=$bench ARGS="--json $folder/$bench-${gpus}xh200.json" || failed=1
+  for bench in symmetric kv_gather host; do
+    timeout 90 make bench BENCH=$bench ARGS="--json $folder/$bench-${gpus}xh200.json" || failed=1
   done
 fi
 if [[ $machine -ge 7 ]]; then

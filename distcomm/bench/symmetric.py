@@ -12,6 +12,7 @@ import torch
 from ..group import GroupCoordinator
 from ..parallel_state import ParallelState
 from .conditions import conditions
+from .timing import CapturedCalls, Timed, slowest_medians
 
 __all__ = ["format_symmetric", "run_symmetric"]
 
@@ -95,52 +96,30 @@ def _time_all_reduces(
 ) -> list[dict[str, Any]]:
     rows = []
     for num_bytes in SIZES:
-        captured = {kind: _captured(group, device, num_bytes, kind) for kind in (False, True)}
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for number in range(num_rounds + 5):
-            for kind, (graph, *_) in captured.items():
-                micros = _replay_us(graph)
-                if number >= 5:
-                    times[kind].append(micros)
-        mine = {kind: statistics.median(each) for kind, each in times.items()}
-        everyone = group.all_gather_object(mine)
-        ordinary, symmetric = (max(each[kind] for each in everyone) for kind in (False, True))
+        ways = {kind: _timed(group, device, num_bytes, kind) for kind in ("ordinary", "symmetric")}
+        medians = slowest_medians(group, ways, num_rounds)
         rows.append(
             {
                 "bytes": num_bytes,
-                "ordinary_us": round(ordinary, 3),
-                "symmetric_us": round(symmetric, 3),
-                "ratio": round(ordinary / symmetric, 3),
+                "ordinary_us": round(medians["ordinary"], 3),
+                "symmetric_us": round(medians["symmetric"], 3),
+                "ratio": round(medians["ordinary"] / medians["symmetric"], 3),
             }
         )
     return rows
 
 
-def _captured(
-    group: GroupCoordinator, device: torch.device, num_bytes: int, symmetric: bool
-) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-    """A graph of calls, its result checked, and the tensors that it uses."""
+def _timed(group: GroupCoordinator, device: torch.device, num_bytes: int, kind: str) -> Timed:
+    """Replays a graph of all-reduces on buffers of that kind, whose result was checked."""
+    symmetric = kind == "symmetric"
     with group.symmetric_memory(enabled=symmetric):
         x = torch.ones(num_bytes // 2, dtype=torch.bfloat16, device=device)
         y = torch.zeros_like(x)
     if group.is_symmetric(x) != symmetric:
         raise SystemExit(f"the buffers are symmetric: {not symmetric}, wanted: {symmetric}")
-    graph = torch.cuda.CUDAGraph()
-    with group.graph_capture() as c, torch.cuda.graph(graph, stream=c.stream):
-        for _ in range(_CALLS_A_GRAPH):
-            group.all_reduce(x, out=y)
-    graph.replay()
+    captured = CapturedCalls(group, lambda: group.all_reduce(x, out=y), _CALLS_A_GRAPH)
+    captured.replay()
     if not bool((y == group.world_size).all()):
         raise SystemExit(f"all_reduce of {num_bytes} bytes is wrong on rank {group.rank}")
-    return graph, x, y
 
-
-def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
-    """GPU microseconds a call, over a few replays."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(4):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1000 / (4 * _CALLS_A_GRAPH)
+    return captured.time
