@@ -6,6 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from distcomm import ParallelState
+from tests.cpu.job import Job
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -31,6 +37,22 @@ def test_quick_start_runs_as_printed(tmp_path: Path) -> None:
 def test_quick_start_is_short() -> None:
     assert QUICK_START is not None
     assert len(QUICK_START[1].splitlines()) <= 25
+
+
+def run_context_parallel_example(state: ParallelState, example: str) -> None:
+    names: dict[str, Any] = {"torch": torch, "state": state}
+    exec(compile(example, "README.md", "exec"), names)
+    expected = names["tokens"][:, None].expand(-1, 128).bfloat16()
+    assert torch.equal(names["all_k"], expected)
+    assert torch.equal(names["all_v"], -expected)
+    assert torch.equal(names["cache"][names["slots"]], expected)
+
+
+def test_context_parallel_example(job: Job) -> None:
+    section = README.split("## Context parallelism")[1]
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert example is not None
+    job.run(run_context_parallel_example, example[1])
 
 
 def test_every_environment_variable_is_listed() -> None:

@@ -1,4 +1,4 @@
-"""The README's example of symmetric memory, run as printed."""
+"""The README's examples, run as printed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from tests.worker_pool import WorkerPool, fresh_init_method
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-def run_example(rank: int, world: int, method: str, example: str) -> None:
+def example_of(title: str) -> str:
+    section = README.split(f"## {title}")[1]
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert example is not None
+    return example[1]
+
+
+def run_symmetric(rank: int, world: int, method: str, example: str) -> None:
     with start(rank, world, method, cp=world) as state:
         names = {"torch": torch, "state": state}
         exec(compile(example, "README.md", "exec"), names)
@@ -25,8 +32,24 @@ def run_example(rank: int, world: int, method: str, example: str) -> None:
         assert state.tp.is_symmetric(z)
 
 
+def run_context_parallel(rank: int, world: int, method: str, example: str) -> None:
+    with start(rank, world, method, cp=world) as state:
+        names = {"torch": torch, "state": state}
+        exec(compile(example, "README.md", "exec"), names)
+        expected = names["tokens"][:, None].expand(-1, 128).bfloat16()
+        assert torch.equal(names["all_k"], expected)
+        assert torch.equal(names["all_v"], -expected)
+        assert torch.equal(names["cache"][names["slots"]], expected)
+        assert set(state.cp.stats()["ops"]["all_gather_kv"]) == {"kernel"}
+        # Its cache is ordinary memory.
+        assert set(state.cp.stats()["ops"]["all_gather_kv_into_cache"]) == {"pynccl"}
+
+
 def test_symmetric_memory_example(gpus: WorkerPool, most_ranks: int) -> None:
-    section = README.split("## Symmetric memory")[1]
-    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert example is not None
-    gpus.run(run_example, fresh_init_method(), example[1], ranks=most_ranks)
+    example = example_of("Symmetric memory")
+    gpus.run(run_symmetric, fresh_init_method(), example, ranks=most_ranks)
+
+
+def test_context_parallel_example(gpus: WorkerPool, most_ranks: int) -> None:
+    example = example_of("Context parallelism")
+    gpus.run(run_context_parallel, fresh_init_method(), example, ranks=most_ranks)
