@@ -67,7 +67,7 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     # rank, world_size, signals, tensors, num_tensors, runs, num_runs, stream
     "distcomm_push_rows": (
         c_int,
-        [c_int, c_int, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p],
+        [c_int, c_int, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p],
     ),
     # symbols, device, chunk_bytes
     "distcomm_heap_open": (c_void_p, [c_void_p, c_int, c_size_t]),

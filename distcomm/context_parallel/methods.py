@@ -29,8 +29,9 @@ _MAX_BLOCKS_BESIDE = 32
 
 def run(request: KvRequest) -> tuple[AsyncHandle, Outputs]:
     """Gathers, on the request's stream. Collective."""
-    if request.device.type == "cuda":
-        with torch.cuda.device(request.device):  # kernels go to the thread's current one
+    device = request.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # kernels go to the thread's current one
             return _run(request)
     return _run(request)
 
@@ -54,7 +55,7 @@ def _on_stream(
     used = [*outputs, *request.tensors]
     if request.slots is not None:
         used.append(request.slots)
-    request.stream.wait_stream(torch.cuda.current_stream(request.device))
+    request.stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(request.stream):
             method(request, outputs)
@@ -162,7 +163,7 @@ def _by_kernel(request: KvRequest, outputs: Outputs) -> None:
             output_pitch=_pitch(output),
         )
         for x, output, row_bytes in zip(request.tensors, outputs, request.row_bytes, strict=True)
-        if row_bytes and len(output)
+        if row_bytes and output.shape[0]
     ]
     _announce(request, outputs, "kernel")
     if not pushed or not plan.num_tokens:
@@ -195,13 +196,13 @@ def _by_copy_engine(request: KvRequest, outputs: Outputs) -> None:
             outputs=channel.addresses(output.data_ptr()),
         )
         for x, output, row_bytes in zip(request.tensors, outputs, request.row_bytes, strict=True)
-        if row_bytes and len(output)
+        if row_bytes and output.shape[0]
     ]
     _announce(request, outputs, "copy_engine")
     if not pushed or not plan.num_tokens:
         return
-    with channel.in_order():
-        channel.push(pushed, _row_runs(plan, group.rank_in_group))
+    with channel.in_order() as stream:
+        channel.push(pushed, _row_runs(plan, group.rank_in_group), stream)
 
 
 def _row_runs(plan: ContextParallelPlan, rank: int) -> RowRuns:
@@ -229,7 +230,7 @@ def _announce(request: KvRequest, outputs: Outputs, method: str) -> None:
 
 def _pitch(x: torch.Tensor) -> int:
     """Bytes from one row to the next; where there is only one, its stride means nothing."""
-    return row_num_bytes(x) if len(x) < 2 else x.stride(0) * x.element_size()
+    return row_num_bytes(x) if x.shape[0] < 2 else x.stride(0) * x.element_size()
 
 
 _METHODS: dict[str, Callable[[KvRequest, Outputs], None]] = {

@@ -60,12 +60,13 @@ enum class Flag { kReady, kArrived };
 class Push {
  public:
   Push(const CudaDriver& driver, int rank, int world_size, const DevicePointer* signals,
-       CudaStream stream)
+       CudaStream stream, CudaStream own_stream)
       : driver_(driver),
         rank_(rank),
         world_size_(world_size),
         signals_(signals),
-        stream_(stream) {}
+        stream_(stream),
+        own_stream_(own_stream) {}
 
   // Stops at the first error.
   CudaResult run(const PushedRows* tensors, size_t num_tensors, const RowRun* runs,
@@ -123,8 +124,9 @@ class Push {
     const bool single = run.num_rows == 1;
     // The source is a part of the output, already in place.
     if (source == dest && (single || rows.source_pitch == dest_pitch)) return kCudaSuccess;
+    const CudaStream stream = to == rank_ ? own_stream_ : stream_;
     if (single || (rows.source_pitch == rows.row_bytes && dest_pitch == rows.row_bytes)) {
-      return driver_.memcpy_async(dest, source, run.num_rows * rows.row_bytes, stream_);
+      return driver_.memcpy_async(dest, source, run.num_rows * rows.row_bytes, stream);
     }
     CudaMemcpy2D copied = {};
     copied.source_memory_type = kDeviceMemory;
@@ -135,7 +137,7 @@ class Push {
     copied.dest_pitch = dest_pitch;
     copied.width_bytes = rows.row_bytes;
     copied.height = run.num_rows;
-    return driver_.memcpy_2d_async(&copied, stream_);
+    return driver_.memcpy_2d_async(&copied, stream);
   }
 
   const CudaDriver& driver_;
@@ -143,6 +145,7 @@ class Push {
   const int world_size_;
   const DevicePointer* const signals_;
   const CudaStream stream_;
+  const CudaStream own_stream_;
 };
 
 }  // namespace
@@ -153,14 +156,16 @@ using namespace distcomm;
 // Whether the driver has all that distcomm_push_rows needs.
 DISTCOMM_EXPORT int distcomm_can_push() { return cuda_driver().can_push(); }
 
-// Gives this rank's part of an all-gather to `stream`; all ranks call it alike. `signals` and each
+// Gives this rank's part of an all-gather to `stream`, and the rows that it keeps to `own_stream`,
+// which may be the same; all ranks call it alike. `signals` and each
 // tensor's `outputs` hold, by rank, addresses that this rank can write to. All runs apply to all
 // tensors. Returns a CUresult; after an error the signal areas can't be used again.
 DISTCOMM_EXPORT int distcomm_push_rows(int rank, int world_size, const DevicePointer* signals,
                                        const PushedRows* tensors, size_t num_tensors,
-                                       const RowRun* runs, size_t num_runs, CudaStream stream) {
+                                       const RowRun* runs, size_t num_runs, CudaStream stream,
+                                       CudaStream own_stream) {
   const CudaDriver& driver = cuda_driver();
   if (!driver.can_push()) return kNotSupported;
-  return Push(driver, rank, world_size, signals, stream)
+  return Push(driver, rank, world_size, signals, stream, own_stream)
       .run(tensors, num_tensors, runs, num_runs);
 }

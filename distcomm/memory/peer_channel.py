@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _CALL = "peer_channel"
 _SIGNAL_ALIGNMENT = 128
+# A copy within the GPU of that size takes some 10 µs, more than what another stream costs.
+_LEAST_OWN_BYTES = 8 << 20
 
 
 class PeerChannel:
@@ -87,6 +89,7 @@ class PeerChannel:
         self.problem = self._connected()
         if self.problem is None:
             self._copies = PeerCopies(self._native, self._rank, self._signals)
+            self._own_stream = torch.cuda.Stream(self._device)
             at = len(initial) - num_kernel_bytes
             with SuspendedContext(pool):  # these are no tensors that all ranks' callers make
                 self.kernel_signals = self._on_device([each + at for each in self._signals])
@@ -126,13 +129,15 @@ class PeerChannel:
         return addresses
 
     @contextmanager
-    def in_order(self) -> Iterator[None]:
+    def in_order(self) -> Iterator[torch.cuda.Stream]:
         """What the current stream is given in the block comes after what earlier blocks gave.
+
+        Gives the stream, of the current device, which must be the group's.
 
         Signals are in use from the beginning to the end of a block's work. That holds for eager
         calls, and within one CUDA graph; a replay has to be ordered by whoever replays.
         """
-        stream = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.current_stream(self._device.index)
         capture = self._watch.capture_id(stream.cuda_stream)
         self._last = {key: last for key, last in self._last.items() if key in (0, capture)}
         if capture in self._last:
@@ -140,21 +145,30 @@ class PeerChannel:
             if last_stream != stream:
                 stream.wait_event(done)
         try:
-            yield
+            yield stream
         finally:  # also after an error, as a part may have been enqueued
             self._last[capture] = (stream, stream.record_event())
 
-    def push(self, tensors: Sequence[PushedRows], runs: RowRuns) -> None:
-        """`PeerCopies.push` on the current stream. Collective.
+    def push(self, tensors: Sequence[PushedRows], runs: RowRuns, stream: torch.cuda.Stream) -> None:
+        """`PeerCopies.push` on a stream. Collective.
+
+        What this rank keeps is copied on another stream beside it, where it is much.
 
         Raises:
             PeerCopyError: the driver refused a part. The channel is of no use any more.
         """
+        num_own_bytes = runs.num_rows * sum(rows.row_bytes for rows in tensors)
+        own = self._own_stream if num_own_bytes >= _LEAST_OWN_BYTES else stream
+        if own != stream:
+            own.wait_stream(stream)
         try:
-            self._copies.push(tensors, runs, torch.cuda.current_stream(self._device).cuda_stream)
+            self._copies.push(tensors, runs, stream.cuda_stream, own.cuda_stream)
         except PeerCopyError as error:
             self.problem = f"an earlier call failed: {error}"
             raise
+        finally:
+            if own != stream:
+                stream.wait_stream(own)
 
     def signals_are_at_rest(self) -> bool:
         """Whether this rank's signals are as at first, as they are between calls. Waits."""

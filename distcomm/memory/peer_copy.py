@@ -60,11 +60,13 @@ class RowRuns:
     Attributes:
         runs: what it was made of.
         array: the same for C.
+        num_rows: of all of them.
     """
 
     def __init__(self, runs: Iterable[RowRun]) -> None:
         self.runs = tuple(runs)
         self.array = (_RowRun * len(self.runs))(*[_RowRun(*astuple(run)) for run in self.runs])
+        self.num_rows = sum(run.num_rows for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,13 @@ class PeerCopies:
         """Whether the CUDA driver has all that `push` needs."""
         return bool(self._functions.distcomm_can_push())
 
-    def push(self, tensors: Sequence[PushedRows], runs: RowRuns, stream: int) -> None:
+    def push(
+        self,
+        tensors: Sequence[PushedRows],
+        runs: RowRuns,
+        stream: int,
+        own_stream: int | None = None,
+    ) -> None:
         """Gives this rank's part of an all-gather to a CUDA stream. Collective.
 
         All runs apply to all tensors. Once the stream has done its part, this rank's outputs hold
@@ -128,6 +136,9 @@ class PeerCopies:
             tensors: the same number on all ranks, in the same order.
             runs: which rows go where; together, the ranks' runs name no output row twice.
             stream: a `cudaStream_t` of this rank's device, which must be current.
+            own_stream: another one, for the rows' copies in this rank's own output, which the
+                caller orders after what comes before the push and before what follows it. By
+                default `stream`.
 
         Raises:
             ArgumentError: a tensor hasn't an output of each rank. Nothing was enqueued.
@@ -155,6 +166,7 @@ class PeerCopies:
             runs.array,
             len(runs.runs),
             stream,
+            stream if own_stream is None else own_stream,
         )
         if code:
             raise PeerCopyError(code, rank_in_group=self._rank, world_size=world_size)

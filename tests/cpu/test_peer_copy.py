@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,23 @@ def check_same_start(fake: FakeCuda) -> None:
     with fake.logged() as operations:
         ranks.copies[0].push([tensor], RowRuns([RowRun(0, 0, 2, 1)]), stream_of(0))
     assert [each.kind for each in operations] == ["copy_2d"]
+
+
+def check_own_stream(fake: FakeCuda, world_size: int) -> None:
+    ranks, gather = Ranks(world_size), Gather(in_place_plan(world_size, 1))
+    tensor = gather.tensors[0][0]
+    moved = replace(tensor, source=tensor.outputs[0] + tensor.output_pitch)
+    with fake.logged() as operations:
+        pretend_peers_came(ranks, 0)
+        ranks.copies[0].push([moved], RowRuns([RowRun(0, 0, 1, 1)]), stream_of(0), 77)
+    rows = [each for each in operations if each.kind == "copy" and each.num_bytes != 4]
+    expected = [(77, tensor.outputs[0])] + [(stream_of(0), to) for to in tensor.outputs[1:]]
+    assert [(each.stream, each.to) for each in rows] == expected
+    assert {each.stream for each in operations if each not in rows} == {stream_of(0)}
+
+
+def test_own_rows_go_on_their_own_stream(process: Process) -> None:
+    process.run(check_own_stream, 3)
 
 
 def test_the_same_start_with_other_pitches(process: Process) -> None:

@@ -227,6 +227,35 @@ def pipelined(rank: int, world: int, url: str) -> None:
             assert int(wrong) == 0, method
 
 
+def own_rows_beside(rank: int, world: int, url: str) -> None:
+    """Many rows of the rank's own are copied on another stream, in order all the same."""
+    with kv_job(rank, world, url, symmetric_reserve="1GiB") as state:
+        group, plan = state.cp, ContextParallelPlan([3000 * world + 5, 7], world)
+        num_tokens = plan.num_tokens
+        tokens = torch.arange(num_tokens, device=state.device)[:, None].repeat(1, 512)
+        shards, wrong = plan.shard(tokens, rank), torch.zeros_like(tokens[0, 0])
+        with group.symmetric_memory():
+            out = torch.empty_like(tokens)
+        mine = torch.empty_like(shards)
+        graph = torch.cuda.CUDAGraph()
+
+        def gather() -> None:
+            all_gather_kv(group, plan, mine, out=out, method="copy_engine")
+            mine.fill_(-1)
+
+        gather()
+        with group.graph_capture() as c, torch.cuda.graph(graph, stream=c.stream):
+            gather()
+        for trial in range(24):
+            late(group, trial)
+            torch.add(shards, trial, out=mine)
+            out.fill_(-1)
+            gather() if trial % 2 else graph.replay()
+            wrong += (out != tokens + trial).sum()
+        assert int(wrong) == 0
+        assert_signals_at_rest(group)
+
+
 # ---- graphs -------------------------------------------------------------------------------------
 
 
@@ -404,6 +433,7 @@ def unsymmetric_outputs(rank: int, world: int, url: str) -> None:
 EVERY_WORLD = (random_batches, caches, beside_the_caller, captured, two_groups_at_once)
 MOST_RANKS = (
     methods_take_turns,
+    own_rows_beside,
     pipelined,
     captured_beside,
     capture_unprepared,
@@ -431,7 +461,8 @@ def test_peers_still_read(gpus: WorkerPool, most_ranks: int, method: str) -> Non
     gpus.run(peers_still_read, fresh_init_method(), method, ranks=most_ranks)
 
 
-def test_two_hosts(gpus: WorkerPool) -> None:
+def test_two_hosts() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
-    gpus.run(two_hosts, fresh_init_method(), ranks=2)
+    with WorkerPool(2, timeout_s=120) as fresh:  # NCCL asks for its host once per process
+        fresh.run(two_hosts, fresh_init_method())

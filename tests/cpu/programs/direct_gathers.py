@@ -76,7 +76,7 @@ class Channel(PeerChannel):
     def in_order(self) -> Any:
         return nullcontext()
 
-    def push(self, tensors: Sequence[PushedRows], runs: RowRuns) -> None:
+    def push(self, tensors: Sequence[PushedRows], runs: RowRuns, stream: object) -> None:
         self._copies.push(tensors, runs, stream=0)
 
 
