@@ -8,6 +8,7 @@ to do are left out by a predicate inside the PTX.
 They need sm_70 or later, and don't run in Triton's interpreter.
 """
 
+# ruff: noqa: N803, N806
 # mypy: disallow-untyped-decorators=False
 
 from __future__ import annotations
@@ -19,22 +20,26 @@ __all__ = ["set_flag", "wait_and_clear_flag"]
 
 
 @triton.jit
-def set_flag(address: tl.tensor, active: tl.tensor) -> None:
+def set_flag(address: tl.tensor, active: tl.tensor, RELEASES: tl.constexpr) -> None:
     """Sets the uint32 flag at `address` to 1 where `active`; doesn't wait.
 
-    Whoever sees the flag, sees all that this thread has written or known to be written before:
-    after a block barrier, all that the block has.
+    Whoever sees the flag sees all that was done on this stream before the kernel. If it
+    `RELEASES`, also all that this thread has written or known to be written before: after a block
+    barrier, all that the block has. That waits until those writes have arrived.
 
     Args:
         address: int64, one a thread; this or another rank's memory.
         active: bool, one a thread.
     """
+    ORDER: tl.constexpr = "release" if RELEASES else "relaxed"
     tl.inline_asm_elementwise(
         """
         {
             .reg .pred %active;
             setp.ne.s32 %active, $2, 0;
-            @%active st.release.sys.global.u32 [$1], 1;
+            @%active st."""
+        + ORDER
+        + """.sys.global.u32 [$1], 1;
             mov.u32 $0, 0;
         }
         """,
@@ -50,8 +55,8 @@ def set_flag(address: tl.tensor, active: tl.tensor) -> None:
 def wait_and_clear_flag(address: tl.tensor, active: tl.tensor) -> None:
     """Waits until the uint32 flag at `address` is set and sets it back to 0, where `active`.
 
-    All threads poll at the same time. Afterwards each sees what the flag's setter had written
-    before; a block barrier extends that to the block.
+    All threads poll at the same time. What the flag's setter had written before is there for the
+    kernels that follow, but not for reads of this one, whose caches it leaves alone.
 
     Args:
         address: int64, one a thread; this rank's memory.
@@ -65,7 +70,7 @@ def wait_and_clear_flag(address: tl.tensor, active: tl.tensor) -> None:
             setp.ne.s32 %active, $2, 0;
             @!%active bra done;
         poll:
-            ld.acquire.sys.global.u32 %flag, [$1];
+            ld.relaxed.sys.global.u32 %flag, [$1];
             setp.eq.u32 %unset, %flag, 0;
             @%unset bra poll;
             st.relaxed.sys.global.u32 [$1], 0;

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentError
+from .launch import KernelLauncher
 from .ptx import set_flag, wait_and_clear_flag
 
 __all__ = ["MAX_BLOCKS", "PushedTensor", "push_rows", "signal_bytes"]
@@ -37,40 +38,46 @@ _FLAG_BYTES = 4
 # What groups make signal areas for: near one block for each multiprocessor of an H200.
 MAX_BLOCKS = 128
 _WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
-_TENSOR_ARGUMENTS = (
-    *("source", "source_pitch", "output", "output_pitch", "deltas"),
-    *("WORD", "ALIGNMENT", "ROW_WORDS", "BLOCK_ROWS", "BLOCK_WORDS"),
-)
-_ARGUMENTS_OF = [tuple(f"{name}_{index}" for name in _TENSOR_ARGUMENTS) for index in (0, 1)]
 
 
 @triton.jit
-def _meet_peers(signals: tl.tensor, rank: tl.tensor, world_size: tl.tensor,
-                CLOSING: tl.constexpr, THREADS: tl.constexpr) -> None:  # fmt: skip
-    """Block b sets a flag in block b's row of every rank, and waits for all theirs in its own.
+def _flags(signals: tl.tensor, rank: tl.tensor, world_size: tl.tensor,
+           THREADS: tl.constexpr) -> Any:  # fmt: skip
+    """Addresses of block b's opening flags, one peer a thread: those that it sets in block b's row
+    of every rank, those that it waits for in its own, and which threads have one.
 
-    Opening: what peers' streams did before this kernel, comes before all that the block does.
-    So a peer's output is written only after all that used it before has ended.
-    Closing: all that block b of the peers wrote, comes before the end of this block. With all
-    its blocks ended, a rank has all rows.
-
-    A flag is 0 whenever its writer sets it, although only its reader clears it: a rank sets its
-    opening flag on a peer after it has seen the peer's closing flag of the call before, and the
-    peer had cleared its opening flags by then. It sets its closing flag after it has seen the
-    peer's opening flag of this call, and the peer had cleared its closing flags in the call
-    before. So flags need no counter, and a launch may be replayed by a CUDA graph.
+    Its closing flags are a row of W flags further on.
     """
     thread = tl.arange(0, THREADS)  # one peer a thread, so that all are polled at the same time
     has_peer = thread < world_size
-    row = (tl.program_id(0) * 2 + CLOSING) * world_size
+    row = tl.program_id(0) * 2 * world_size
     theirs = tl.load(signals + thread, mask=has_peer, other=0) + (row + rank) * 4
     own = tl.load(signals + rank) + (row + thread) * 4
-    if CLOSING:
-        tl.debug_barrier()  # all stores of the block come before its flags
-    set_flag(theirs, has_peer)
-    wait_and_clear_flag(own, has_peer)
-    if not CLOSING:
-        tl.debug_barrier()  # the flags come before all stores of the block
+    return theirs, own, has_peer
+
+
+@triton.jit
+def _load_tile(tile: tl.tensor, rows_to: tl.tensor, slots: tl.tensor, num_rows: tl.tensor,
+               source: tl.tensor, source_pitch: tl.tensor,
+               WORD: tl.constexpr, ALIGNMENT: tl.constexpr, ROW_WORDS: tl.constexpr,
+               BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr) -> Any:  # fmt: skip
+    """A tile's words, and the row of the outputs where each of its rows goes.
+
+    Beyond the last tile there is nothing to load, and no row goes anywhere.
+    """
+    CHUNKS: tl.constexpr = (ROW_WORDS + BLOCK_WORDS - 1) // BLOCK_WORDS
+    row = tile // CHUNKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = (tile % CHUNKS * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS))[None, :]
+    # Rows that will be skipped are read too: the load needn't wait for the row numbers.
+    start = (source + row.to(tl.int64) * source_pitch).to(tl.pointer_type(WORD))
+    # An address that was an integer has no alignment that Triton knows of.
+    start = tl.multiple_of(start, ALIGNMENT)[:, None]
+    mask = (row < num_rows)[:, None] & (word < ROW_WORDS)
+    values = tl.load(start + word, mask=mask, eviction_policy="evict_first")
+    to = tl.load(rows_to + row, mask=row < num_rows, other=-1).to(tl.int64)
+    if slots is not None:
+        to = tl.load(slots + to, mask=to >= 0, other=-1).to(tl.int64)
+    return values, to
 
 
 @triton.jit
@@ -78,34 +85,41 @@ def _push_tiles(rows_to: tl.tensor, slots: tl.tensor, num_rows: tl.tensor,
                 rank: tl.tensor, world_size: tl.tensor, first_tile: tl.tensor,
                 source: tl.tensor, source_pitch: tl.tensor,
                 output: tl.tensor, output_pitch: tl.tensor, deltas: tl.tensor,
+                own_flags: tl.tensor, has_peer: tl.tensor,
                 WORD: tl.constexpr, ALIGNMENT: tl.constexpr, ROW_WORDS: tl.constexpr,
-                BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr) -> None:  # fmt: skip
-    """Stores this block's tiles of BLOCK_ROWS x BLOCK_WORDS words to every rank."""
+                BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+                OPENS: tl.constexpr) -> None:  # fmt: skip
+    """Stores this block's tiles of BLOCK_ROWS x BLOCK_WORDS words to every rank.
+
+    A tile is loaded while the one before is on its way, and the first while the peers' flags are.
+    """
     CHUNKS: tl.constexpr = (ROW_WORDS + BLOCK_WORDS - 1) // BLOCK_WORDS
     num_tiles = tl.cdiv(num_rows, BLOCK_ROWS) * CHUNKS
+    values, to = _load_tile(first_tile, rows_to, slots, num_rows, source, source_pitch,
+                            WORD, ALIGNMENT, ROW_WORDS, BLOCK_ROWS, BLOCK_WORDS)  # fmt: skip
+    # Ranks begin with different peers, and come to their own memory last.
+    peer = (rank + 1) % world_size
+    base = output
+    if deltas is not None:
+        base += tl.load(deltas + peer)
+    if OPENS:
+        wait_and_clear_flag(own_flags, has_peer)
+        tl.debug_barrier()  # the flags come before all stores of the block
     for tile in range(first_tile, num_tiles, tl.num_programs(0)):
-        row = tile // CHUNKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         word = (tile % CHUNKS * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS))[None, :]
-        # Rows that will be skipped are read too: the load needn't wait for the row numbers.
-        start = (source + row.to(tl.int64) * source_pitch).to(tl.pointer_type(WORD))
-        # An address that was an integer has no alignment that Triton knows of.
-        start = tl.multiple_of(start, ALIGNMENT)[:, None]
-        mask = (row < num_rows)[:, None] & (word < ROW_WORDS)
-        values = tl.load(start + word, mask=mask, eviction_policy="evict_first")
-
-        to = tl.load(rows_to + row, mask=row < num_rows, other=-1).to(tl.int64)
-        if slots is not None:
-            to = tl.load(slots + to, mask=to >= 0, other=-1).to(tl.int64)
         mask = (to >= 0)[:, None] & (word < ROW_WORDS)
         to_offset = to * output_pitch
-        # Ranks begin with different peers, and come to their own memory last.
-        for step in range(1, world_size + 1):
-            base = output
-            if deltas is not None:
-                base += tl.load(deltas + (rank + step) % world_size)
+        for _ in range(world_size):
             start = (base + to_offset).to(tl.pointer_type(WORD))
             start = tl.multiple_of(start, ALIGNMENT)[:, None]
             tl.store(start + word, values, mask=mask)
+            peer = tl.where(peer + 1 == world_size, 0, peer + 1)
+            base = output
+            if deltas is not None:
+                base += tl.load(deltas + peer)
+        values, to = _load_tile(tile + tl.num_programs(0), rows_to, slots, num_rows,
+                                source, source_pitch,
+                                WORD, ALIGNMENT, ROW_WORDS, BLOCK_ROWS, BLOCK_WORDS)  # fmt: skip
 
 
 # Nothing about the values is compiled in but what the launcher says: a row count of 1, or an
@@ -128,13 +142,29 @@ def _push_rows_kernel(
     BLOCK_ROWS_1: tl.constexpr, BLOCK_WORDS_1: tl.constexpr,
     OPENS: tl.constexpr, CLOSES: tl.constexpr, THREADS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tensor, or two (ROW_WORDS_1 > 0), to all ranks."""
+    """One tensor, or two (ROW_WORDS_1 > 0), to all ranks.
+
+    Opening: what peers' streams did before this kernel, comes before all that a block stores.
+    So a peer's output is written only after all that used it before has ended.
+    Closing: all that block b of the peers wrote, comes before the end of this block. With all
+    its blocks ended, a rank has all rows.
+
+    A flag is 0 whenever its writer sets it, although only its reader clears it: a rank sets its
+    opening flag on a peer after it has seen the peer's closing flag of the call before, and the
+    peer had cleared its opening flags by then. It sets its closing flag after it has seen the
+    peer's opening flag of this call, and the peer had cleared its closing flags in the call
+    before. So flags need no counter, and a launch may be replayed by a CUDA graph.
+    """
+    if OPENS or CLOSES:
+        their_flags, own_flags, has_peer = _flags(signals, rank, world_size, THREADS)
+    else:
+        their_flags, own_flags, has_peer = 0, 0, 0
     if OPENS:
-        _meet_peers(signals, rank, world_size, False, THREADS)
+        set_flag(their_flags, has_peer, False)
     block = tl.program_id(0)
     _push_tiles(rows_to, slots, num_rows, rank, world_size, block,
-                source_0, source_pitch_0, output_0, output_pitch_0, deltas_0,
-                WORD_0, ALIGNMENT_0, ROW_WORDS_0, BLOCK_ROWS_0, BLOCK_WORDS_0)  # fmt: skip
+                source_0, source_pitch_0, output_0, output_pitch_0, deltas_0, own_flags, has_peer,
+                WORD_0, ALIGNMENT_0, ROW_WORDS_0, BLOCK_ROWS_0, BLOCK_WORDS_0, OPENS)  # fmt: skip
     if ROW_WORDS_1 > 0:
         # Goes on with the blocks that got one tile less of the first tensor.
         chunks = (ROW_WORDS_0 + BLOCK_WORDS_0 - 1) // BLOCK_WORDS_0
@@ -143,9 +173,16 @@ def _push_rows_kernel(
         first_tile = (block + num_blocks - num_tiles % num_blocks) % num_blocks
         _push_tiles(rows_to, slots, num_rows, rank, world_size, first_tile,
                     source_1, source_pitch_1, output_1, output_pitch_1, deltas_1,
-                    WORD_1, ALIGNMENT_1, ROW_WORDS_1, BLOCK_ROWS_1, BLOCK_WORDS_1)  # fmt: skip
+                    own_flags, has_peer,
+                    WORD_1, ALIGNMENT_1, ROW_WORDS_1, BLOCK_ROWS_1, BLOCK_WORDS_1,
+                    False)  # fmt: skip
     if CLOSES:
-        _meet_peers(signals, rank, world_size, True, THREADS)
+        tl.debug_barrier()  # all stores of the block come before its flags
+        set_flag(their_flags + world_size * 4, has_peer, True)
+        wait_and_clear_flag(own_flags + world_size * 4, has_peer)
+
+
+_launcher = KernelLauncher(_push_rows_kernel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,9 +263,12 @@ def push_rows(
     Raises:
         ArgumentError: a wrong table, row size, rank or number of blocks; nothing was launched.
     """
-    launches = _launches(tensors, rows_to, slots, rank, world_size, signals, num_blocks)
-    for arguments in launches:
-        _push_rows_kernel[(num_blocks,)](**arguments)
+    for arguments, constants in _launches(
+        tensors, rows_to, slots, rank, world_size, signals, num_blocks
+    ):
+        _launcher.launch(
+            num_blocks, arguments, constants, device=rows_to.device, num_warps=_NUM_WARPS
+        )
 
 
 def _launches(
@@ -239,8 +279,8 @@ def _launches(
     world_size: int,
     signals: torch.Tensor | None,
     num_blocks: int,
-) -> list[dict[str, Any]]:
-    """The arguments of each kernel launch, checked."""
+) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """The arguments and the constants of each kernel launch, checked."""
     _check_table("rows_to", rows_to)
     if slots is not None:
         _check_table("slots", slots)
@@ -255,47 +295,38 @@ def _launches(
         _check_per_rank("signals", signals, world_size)
     for tensor in tensors:
         _check_tensor(tensor, world_size)
-    pairs = [tensors[i : i + 2] for i in range(0, len(tensors), 2)]
-    return [
-        {
-            "rows_to": rows_to,
-            "slots": slots,
-            "signals": signals,
-            "num_rows": len(rows_to),
-            "rank": rank,
-            "world_size": world_size,
-            **_tensor_arguments(pair[0], 0, len(rows_to), num_blocks),
-            **_tensor_arguments(pair[1] if len(pair) == 2 else None, 1, len(rows_to), num_blocks),
-            "OPENS": signals is not None and pair is pairs[0],
-            "CLOSES": signals is not None and pair is pairs[-1],
-            "THREADS": _NUM_THREADS,
-            "num_warps": _NUM_WARPS,
-        }
-        for pair in pairs
-    ]
+    num_rows = rows_to.shape[0]
+    common = (rows_to, slots, signals, num_rows, rank, world_size)
+    launches = []
+    for start in range(0, len(tensors), 2):
+        first, second = tensors[start], tensors[start + 1] if start + 1 < len(tensors) else None
+        opens, closes = start == 0, start + 2 >= len(tensors)
+        addresses_0, shape_0 = _tensor_arguments(first, num_rows, num_blocks)
+        addresses_1, shape_1 = _tensor_arguments(second, num_rows, num_blocks)
+        meets = (signals is not None and opens, signals is not None and closes, _NUM_THREADS)
+        launches.append((common + addresses_0 + addresses_1, shape_0 + shape_1 + meets))
+    return launches
 
 
 def _tensor_arguments(
-    tensor: PushedTensor | None, index: int, num_rows: int, num_blocks: int
-) -> dict[str, Any]:
-    """Kernel arguments of the first or second tensor of a launch; None if there is none."""
+    tensor: PushedTensor | None, num_rows: int, num_blocks: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Kernel arguments and constants of a tensor of a launch; None if there is none."""
     if tensor is None:
-        addresses: tuple[Any, ...] = (0, 0, 0, 0, None)
-        shape = (_WORDS[1], 1, 0, 1, 1)
-    else:
-        addresses = (
-            tensor.source,
-            tensor.source_pitch,
-            tensor.output,
-            tensor.output_pitch,
-            tensor.deltas,
-        )
-        num_words = num_rows * tensor.row_bytes // min(tensor.alignment, 8)
-        tile_words = _TILE_WORDS
-        while tile_words > _LEAST_TILE_WORDS and num_words < num_blocks * tile_words:
-            tile_words //= 2
-        shape = _tile_shape(tensor.alignment, tensor.row_bytes, tile_words)
-    return dict(zip(_ARGUMENTS_OF[index], addresses + shape, strict=True))
+        return (0, 0, 0, 0, None), (_WORDS[1], 1, 0, 1, 1)
+    addresses = (
+        tensor.source,
+        tensor.source_pitch,
+        tensor.output,
+        tensor.output_pitch,
+        tensor.deltas,
+    )
+    alignment = tensor.alignment
+    num_words = num_rows * tensor.row_bytes // min(alignment, 8)
+    tile_words = _TILE_WORDS
+    while tile_words > _LEAST_TILE_WORDS and num_words < num_blocks * tile_words:
+        tile_words //= 2
+    return addresses, _tile_shape(alignment, tensor.row_bytes, tile_words)
 
 
 @functools.cache

@@ -93,7 +93,12 @@ def compiled(
     rows_to = torch.zeros(rows, dtype=table_dtype)
     signals = torch.zeros(W, dtype=torch.int64) if synchronizing else None
     launches = KERNEL_FILE._launches(tensors, rows_to, slots, 0, W, signals, 32)
-    return [KERNEL_FILE._push_rows_kernel.warmup(grid=(32,), **arguments) for arguments in launches]
+    return [
+        KERNEL_FILE._push_rows_kernel.warmup(
+            *arguments, *constants, grid=(32,), num_warps=KERNEL_FILE._NUM_WARPS
+        )
+        for arguments, constants in launches
+    ]
 
 
 def accesses(kernel: Any) -> tuple[set[str], set[str]]:
@@ -159,39 +164,38 @@ def test_registers_suffice(arch: int) -> None:
         (registers,) = re.findall(r"REG:(\d+)", usage)
         (stack_bytes,) = re.findall(r"STACK:(\d+)", usage)
         assert int(registers) <= 128, (arch, usage)
-        # Some versions of ptxas keep one address there, which the loops don't use.
-        assert int(stack_bytes) <= 8, (arch, usage)
+        # Some versions of ptxas keep an address or two there, which the loops don't use.
+        assert int(stack_bytes) <= 16, (arch, usage)
 
 
-FLAG_INSTRUCTIONS = {
-    "set": "st.release.sys.global.u32",
-    "wait": "ld.acquire.sys.global.u32",
-    "clear": "st.relaxed.sys.global.u32",
-}
+OPENS = "st.relaxed.sys.global.u32 [ADDRESS], 1"
+CLOSES = "st.release.sys.global.u32 [ADDRESS], 1"
+WAITS = "ld.relaxed.sys.global.u32"
+CLEARS = "st.relaxed.sys.global.u32 [ADDRESS], 0"
 
 
-def flag_counts(kernel: Any) -> list[int]:
-    return [kernel.asm["ptx"].count(each) for each in FLAG_INSTRUCTIONS.values()]
+def steps(kernel: Any) -> list[str]:
+    """Flags, barriers, loads of rows and stores of rows, in the PTX's order, no repetitions."""
+    ptx = re.sub(r"\[%\w+\]", "[ADDRESS]", kernel.asm["ptx"])
+    wanted = [OPENS, CLOSES, WAITS, CLEARS, "bar.sync", "ld.global.L1::evict_first", "st.global"]
+    found = re.findall("|".join(map(re.escape, wanted)), ptx)
+    return [each for i, each in enumerate(found) if i == 0 or found[i - 1] != each]
 
 
 @pytest.mark.usefixtures("arch")
 def test_ranks_meet_before_the_first_and_after_the_last_launch() -> None:
+    load, store = "ld.global.L1::evict_first", "st.global"
+    opening, closing = [OPENS, load, WAITS, CLEARS, "bar.sync"], ["bar.sync", CLOSES, WAITS, CLEARS]
+    moving = [store, load]  # and the load of the next tile
     tensor = pushed(256)
-    assert [flag_counts(k) for k in compiled([tensor])] == [[2, 2, 2]]
-    assert [flag_counts(k) for k in compiled([tensor] * 2)] == [[2, 2, 2]]
-    assert [flag_counts(k) for k in compiled([tensor] * 5)] == [[1, 1, 1], [0, 0, 0], [1, 1, 1]]
-    assert [flag_counts(k) for k in compiled([tensor] * 3, synchronizing=False)] == [[0, 0, 0]] * 2
-    first, *_, last = compiled([tensor] * 5)
-    set_wait_clear = [*FLAG_INSTRUCTIONS.values()]
-    order = r"bar\.sync|st\.global|" + "|".join(map(re.escape, set_wait_clear))
-    assert in_order(order, first) == [*set_wait_clear, "bar.sync", "st.global"]
-    assert in_order(order, last) == ["st.global", "bar.sync", *set_wait_clear]
-
-
-def in_order(pattern: str, kernel: Any) -> list[str]:
-    """What of `pattern` the PTX has, without repetitions."""
-    found = re.findall(pattern, kernel.asm["ptx"])
-    return [each for i, each in enumerate(found) if i == 0 or found[i - 1] != each]
+    assert [steps(k) for k in compiled([tensor])] == [[*opening, *moving, *closing]]
+    one, two = [*moving], [*moving, *moving]
+    assert [steps(k) for k in compiled([tensor] * 2)] == [[*opening, *two, *closing]]
+    first, middle, last = [steps(k) for k in compiled([tensor] * 5)]
+    assert (first, middle) == ([*opening, *two], [load, *two])
+    assert last == [load, *one, *closing]
+    for kernel in compiled([tensor] * 3, synchronizing=False):
+        assert not {OPENS, CLOSES, WAITS, CLEARS} & {*steps(kernel)}
 
 
 @pytest.mark.usefixtures("arch")

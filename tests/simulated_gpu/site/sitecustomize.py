@@ -66,7 +66,7 @@ def push_rows(arguments: dict[str, Any], num_blocks: int) -> None:
 
 def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **arguments: Any) -> Any:
     if self.fn.__name__ == "_push_rows_kernel" and not warmup:
-        return push_rows(arguments, grid[0])
+        return push_rows(dict(zip(self.arg_names, args, strict=True)), grid[0])
     return run_on_gpu(self, *args, grid=grid, warmup=warmup, **arguments)
 
 
