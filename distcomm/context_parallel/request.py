@@ -193,7 +193,7 @@ def _checked_inputs(
     rows = plan.tokens_per_rank[group.rank_in_group]
     _check_tensors(call, "tensors", tensors, member)
     for x in tensors:
-        if x.dim() == 0 or len(x) != rows:
+        if x.dim() == 0 or x.shape[0] != rows:
             raise ArgumentError(
                 "tensors",
                 f"of {rows} rows, this rank's tokens of the plan",
@@ -224,7 +224,7 @@ def _has_plain_rows(x: torch.Tensor) -> bool:
     """Whether each row is one piece of memory that holds its values, and no two share any."""
     if x.is_conj() or x.is_neg():
         return False
-    if len(x) == 0:
+    if x.is_contiguous():
         return True
     is_apart = len(x) == 1 or x.stride(0) * x.element_size() >= row_num_bytes(x)
     return x[0].is_contiguous() and is_apart

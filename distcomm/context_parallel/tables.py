@@ -20,7 +20,9 @@ class DeviceTables:
 
     def __init__(self) -> None:
         self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}
-        self._ready: dict[tuple[str, torch.device], torch.cuda.Event] = {}
+        self._made: dict[tuple[str, torch.device], torch.cuda.Event] = {}
+        # The streams that have waited for a table to be made, and that torch knows to use it.
+        self._known: dict[tuple[str, torch.device], set[torch.cuda.Stream]] = {}
 
     def get(
         self,
@@ -41,23 +43,27 @@ class DeviceTables:
                 with torch.inference_mode(False):  # they serve both modes
                     table = self._tables[key] = build(device)
             return table
-        with torch.cuda.device(device):
-            if torch.cuda.is_current_stream_capturing():
-                if table is None:
-                    raise DistcommError(
-                        f"the plan's index tensors ({name}) can't be made on {device} during a "
-                        "CUDA graph capture: call prepare(group) of the plan before it"
-                    )
-                return table  # torch.cuda.graph has waited for the device
-            stream = torch.cuda.current_stream()
+        if torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):
+                return self.get(name, device, build)
+        if torch.cuda.is_current_stream_capturing():
             if table is None:
-                with suspend_symmetric_memory(), torch.inference_mode(False):
-                    table = self._tables[key] = build(device)
-                self._ready[key] = stream.record_event()
-            else:
-                stream.wait_event(self._ready[key])
+                raise DistcommError(
+                    f"the plan's index tensors ({name}) can't be made on {device} during a "
+                    "CUDA graph capture: call prepare(group) of the plan before it"
+                )
+            return table  # torch.cuda.graph has waited for the device
+        stream = torch.cuda.current_stream(device.index)
+        if table is None:
+            with suspend_symmetric_memory(), torch.inference_mode(False):
+                table = self._tables[key] = build(device)
+            self._made[key] = stream.record_event()
+            self._known[key] = {stream}
+        elif stream not in self._known[key]:
+            stream.wait_event(self._made[key])
             table.record_stream(stream)
-            return table
+            self._known[key].add(stream)
+        return table
 
 
 def _with_index(device: torch.device) -> torch.device:
