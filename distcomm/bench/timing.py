@@ -11,8 +11,8 @@ from ..group import GroupCoordinator
 
 __all__ = ["CapturedCalls", "Timed", "elapsed_us", "slowest_medians"]
 
-Timed = Callable[[], float]
-"""Does what is timed once; the microseconds it took."""
+Timed = Callable[[], float | None]
+"""Does what is timed once; the microseconds it took, or None if something was in the way."""
 
 
 def elapsed_us(work: Callable[[], object]) -> float:
@@ -69,13 +69,19 @@ def slowest_medians(
     """Each way's median over the rounds, on the slowest rank. Collective.
 
     All ways take turns within a round, so that a slow moment of the machine hits them alike.
+
+    Raises:
+        SystemExit: on all ranks, if something was always in the way of one.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(num_warm_up + num_rounds):
         for name, timed in ways.items():
             micros = timed()
-            if number >= num_warm_up:
+            if number >= num_warm_up and micros is not None:
                 times[name].append(micros)
-    mine = {name: statistics.median(each) for name, each in times.items()}
+    mine = {name: statistics.median(each) for name, each in times.items() if each}
     everyone = group.all_gather_object(mine)
+    untimed = [name for name in ways if any(name not in each for each in everyone)]
+    if untimed:
+        raise SystemExit(f"no round could time {', '.join(untimed)}")
     return {name: max(each[name] for each in everyone) for name in ways}
