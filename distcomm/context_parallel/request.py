@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -58,7 +59,7 @@ class KvRequest:
     def device(self) -> torch.device:
         return self.tensors[0].device
 
-    @property
+    @cached_property
     def row_bytes(self) -> list[int]:
         """Bytes of a row of each tensor."""
         return [row_num_bytes(x) for x in self.tensors]

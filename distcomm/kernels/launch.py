@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class KernelLauncher:
         arguments: tuple[torch.Tensor | int | None, ...],
         constants: tuple[Any, ...],
         *,
+        types: tuple[Hashable, ...],
         device: torch.device,
         num_warps: int,
     ) -> None:
@@ -39,10 +41,10 @@ class KernelLauncher:
         Args:
             arguments: of the parameters that aren't constants.
             constants: of those that are; hashable.
+            types: what tells apart all the types that the arguments may have, None's among them.
             device: the current one.
         """
-        kinds = [x.dtype if isinstance(x, torch.Tensor) else x is None for x in arguments]
-        key = (device, num_warps, *constants, *kinds)
+        key = (device, num_warps, types, constants)
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[num_blocks, 1, 1](*arguments, *constants)

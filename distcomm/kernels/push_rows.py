@@ -263,11 +263,16 @@ def push_rows(
     Raises:
         ArgumentError: a wrong table, row size, rank or number of blocks; nothing was launched.
     """
-    for arguments, constants in _launches(
+    for arguments, types, constants in _launches(
         tensors, rows_to, slots, rank, world_size, signals, num_blocks
     ):
         _launcher.launch(
-            num_blocks, arguments, constants, device=rows_to.device, num_warps=_NUM_WARPS
+            num_blocks,
+            arguments,
+            constants,
+            types=types,
+            device=rows_to.device,
+            num_warps=_NUM_WARPS,
         )
 
 
@@ -279,8 +284,9 @@ def _launches(
     world_size: int,
     signals: torch.Tensor | None,
     num_blocks: int,
-) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """The arguments and the constants of each kernel launch, checked."""
+) -> list[tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]]:
+    """Of each kernel launch the arguments, checked, those of their types that are open, and the
+    constants."""
     _check_table("rows_to", rows_to)
     if slots is not None:
         _check_table("slots", slots)
@@ -297,6 +303,7 @@ def _launches(
         _check_tensor(tensor, world_size)
     num_rows = rows_to.shape[0]
     common = (rows_to, slots, signals, num_rows, rank, world_size)
+    tables = rows_to.dtype, None if slots is None else slots.dtype
     launches = []
     for start in range(0, len(tensors), 2):
         first, second = tensors[start], tensors[start + 1] if start + 1 < len(tensors) else None
@@ -304,7 +311,10 @@ def _launches(
         addresses_0, shape_0 = _tensor_arguments(first, num_rows, num_blocks)
         addresses_1, shape_1 = _tensor_arguments(second, num_rows, num_blocks)
         meets = (signals is not None and opens, signals is not None and closes, _NUM_THREADS)
-        launches.append((common + addresses_0 + addresses_1, shape_0 + shape_1 + meets))
+        deltas = addresses_0[-1], addresses_1[-1]
+        types = (*tables, signals is None, deltas[0] is None, deltas[1] is None)
+        arguments = common + addresses_0 + addresses_1
+        launches.append((arguments, types, shape_0 + shape_1 + meets))
     return launches
 
 

@@ -140,14 +140,14 @@ class PeerChannel:
         stream = torch.cuda.current_stream(self._device.index)
         capture = self._watch.capture_id(stream.cuda_stream)
         self._last = {key: last for key, last in self._last.items() if key in (0, capture)}
-        if capture in self._last:
-            last_stream, done = self._last[capture]
-            if last_stream != stream:
-                stream.wait_event(done)
+        last_stream, done = self._last.get(capture) or (stream, torch.cuda.Event())
+        if last_stream != stream:
+            stream.wait_event(done)
         try:
             yield stream
         finally:  # also after an error, as a part may have been enqueued
-            self._last[capture] = (stream, stream.record_event())
+            done.record(stream)
+            self._last[capture] = (stream, done)
 
     def push(self, tensors: Sequence[PushedRows], runs: RowRuns, stream: torch.cuda.Stream) -> None:
         """`PeerCopies.push` on a stream. Collective.

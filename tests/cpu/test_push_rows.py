@@ -69,7 +69,7 @@ def arch(request: pytest.FixtureRequest) -> Iterator[int]:
     driver.set_active(None)
 
 
-def pushed(row_bytes: int, **changes: int) -> PushedTensor:
+def pushed(row_bytes: int, **changes: Any) -> PushedTensor:
     arguments: dict[str, Any] = {
         "source": 0x7F0000000000,
         "output": 0x7E0000000000,
@@ -97,7 +97,7 @@ def compiled(
         KERNEL_FILE._push_rows_kernel.warmup(
             *arguments, *constants, grid=(32,), num_warps=KERNEL_FILE._NUM_WARPS
         )
-        for arguments, constants in launches
+        for arguments, _, constants in launches
     ]
 
 
@@ -219,6 +219,25 @@ def test_values_do_not_cause_compilations() -> None:
     for rows in (0, 1, 16, 17, 100):
         (again,) = compiled([tensor], rows=rows)
         assert again is first[0]
+
+
+def test_launches_of_other_types_are_told_apart() -> None:
+    """Whatever makes Triton compile another kernel is in the key of the launcher's."""
+    wide = torch.zeros(4, dtype=torch.int64)
+    narrow, deltas = wide.int(), torch.zeros(1, dtype=torch.int64)
+    calls = [
+        ([pushed(256, deltas=each)] * num_tensors, rows_to, slots, 0, 1, signals, 32)
+        for num_tensors in (1, 2, 5)
+        for rows_to in (wide, narrow)
+        for slots in (None, wide, narrow)
+        for signals in (None, deltas)
+        for each in (None, deltas)
+    ]
+    kinds = {}
+    for call in calls:
+        for arguments, types, constants in KERNEL_FILE._launches(*call):
+            seen = [getattr(each, "dtype", type(each)) for each in arguments]
+            assert kinds.setdefault((types, constants), seen) == seen
 
 
 # ---- the launcher -------------------------------------------------------------------------
