@@ -1,7 +1,8 @@
-"""GPU suite: worker processes, one a GPU, and the world sizes that this machine has GPUs for."""
+"""GPU suite: worker processes, one a GPU, and the world sizes that there are GPUs for."""
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 
@@ -11,16 +12,37 @@ import torch
 from distcomm import NcclLibrary
 from tests.worker_pool import WorkerPool
 
-NUM_GPUS = torch.cuda.device_count()
+
+def _take_gpus() -> int:
+    """How many GPUs there are for tests; under pytest-xdist every worker takes its own share."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [*map(str, range(torch.cuda.device_count()))]
+    number, num_workers = int(worker[2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    if number >= num_workers:
+        raise pytest.UsageError(f"{worker} stands in for a crashed worker, whose GPUs aren't known")
+    share = len(gpus) // num_workers
+    own = gpus[number * share : (number + 1) * share]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    return share
 
 
-def pytest_report_header() -> str:
+NUM_GPUS = _take_gpus()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
     """The conditions of the run, so that its output is a result file."""
-    if NUM_GPUS == 0:
+    num_workers = config.getoption("numprocesses", None) or 1
+    gpus = NUM_GPUS // num_workers
+    if gpus == 0:
         return "GPUs: none"
+    workers = f" for each of {num_workers} workers" if num_workers > 1 else ""
     return (
-        f"GPUs: {NUM_GPUS} x {torch.cuda.get_device_name(0)}; python {platform.python_version()}, "
-        f"torch {torch.__version__}, NCCL {NcclLibrary().version_text}"
+        f"GPUs: {gpus} x {torch.cuda.get_device_name(0)}{workers}; "
+        f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"NCCL {NcclLibrary().version_text}"
     )
 
 
