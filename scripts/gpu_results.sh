@@ -20,9 +20,11 @@ suite() { # GPUs that a test may use; as many tests at a time as the machine has
   runs=$((runs < 4 ? runs : 4))
   CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((gpus * runs - 1))) \
     timeout 560 make test-gpu ARGS="$options -n $runs" > "$result" 2>&1 || failed=1
-  # Folders and unrelated pytest plugins are no conditions of the result.
+  # Folders and unrelated pytest plugins are no conditions of the result, nor is the moment at
+  # which a worker begins a test.
   sed -i -e '/^rootdir/d' -e 's# -- /[^ ]*python3##' -e '/^cachedir/d' -e '/^benchmark:/d' \
-    -e '/^plugins:/d' -e 's#^PYTHONPATH=.*-m pytest#$ pytest#' "$result"
+    -e '/^plugins:/d' -e 's#^PYTHONPATH=.*-m pytest#$ pytest#' -e '/pytest_benchmark/d' \
+    -e '/^  warner(/d' -e '/^tests\/[^ ]* $/d' "$result"
   echo "$gpus GPUs: $(tail -n 1 "$result")"
   grep -hE '^(FAILED|ERROR)|^E   [A-Za-z]' "$result" | cut -c 1-300 | head -n 60
 }

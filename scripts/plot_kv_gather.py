@@ -24,7 +24,7 @@ WAYS = {  # name in the result -> label, colour, marker
     "all_gather_kv, copy_engine": ("all_gather_kv, copy_engine", "#e08a3c", "^"),
     "all_gather_kv, kernel": ("all_gather_kv, kernel", "#b3282d", "o"),
 }
-PEER_COPY_GB_S = 381  # one copy engine to one peer, the most that was measured on these links
+LINKS_GB_S = 450  # nominal, in one direction: 18 links of NVLink 4
 
 
 def main() -> None:
@@ -49,11 +49,11 @@ def draw(result: dict[str, Any]) -> plt.Figure:
         ratios.plot(tokens, speedups, **style)
     peers = conditions["world_size"] - 1
     sent_bytes = [count / conditions["world_size"] * 2048 * peers for count in tokens]
-    limit = [num_bytes / PEER_COPY_GB_S / 1e3 for num_bytes in sent_bytes]
-    label = f"links at {PEER_COPY_GB_S} GB/s"
+    limit = [num_bytes / LINKS_GB_S / 1e3 for num_bytes in sent_bytes]
+    label = f"links, nominal {LINKS_GB_S} GB/s"
     times.plot(tokens, limit, color="#4a4a4a", linestyle=":", label=label)
     times.set(yscale="log", ylabel="µs a gather, in a CUDA graph")
-    ratios.set(ylabel=f"speed, {WAYS[REFERENCE][0]} = 1", ylim=(0, None))
+    ratios.set(ylabel="speed (pad-gather-cat, symmetric = 1)", ylim=(0, None))
     for axes in (times, ratios):
         axes.set(xscale="log", xlabel="tokens of 2 KiB")
         axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
