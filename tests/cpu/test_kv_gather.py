@@ -20,6 +20,7 @@ from distcomm import (
     all_gather_kv,
     all_gather_kv_into_cache,
 )
+from distcomm.context_parallel import gather
 from tests.cpu.job import Job
 from tests.kv_cases import KvCase, random_case, same_bits, whole_batch
 
@@ -317,6 +318,30 @@ def test_plans_that_differ_are_found_before_anything_is_sent(job: Job, what: str
         assert message.count("ContextParallelPlan([6, 3], cp_size=4") == (
             3 if what == "lengths" else 4
         )
+
+
+def count_comparisons(group: GroupCoordinator) -> list[int]:
+    """How often the ranks have compared, after each of some gathers."""
+    compare, calls, compared = gather.agree, [], []
+
+    def counted(*args: Any) -> None:
+        calls.append(args)
+        compare(*args)
+
+    gather.agree = counted
+    try:
+        plan, equal = (ContextParallelPlan([9], group.world_size) for _ in range(2))
+        x = plan.shard(torch.zeros(9, 2), group.rank_in_group)
+        for each in (plan, plan, equal, plan, equal):
+            all_gather_kv(group, each, x)
+            compared.append(len(calls))
+    finally:
+        gather.agree = compare
+    return compared
+
+
+def test_a_plan_is_compared_at_its_first_gather_alone(job: Job):
+    assert job.run(with_group, 3, count_comparisons)[:3] == [[1, 1, 2, 2, 2]] * 3
 
 
 def gather_overlapping(group: GroupCoordinator) -> Any:
