@@ -23,9 +23,9 @@ from ..context_parallel import (
 from ..group import GroupCoordinator
 from ..handles import AsyncHandle
 from ..parallel_state import ParallelState
+from ..timing import CapturedCalls, Timed, elapsed_us, slowest_medians
 from .conditions import conditions
 from .kv_ways import GatherAndIndexCopy, PadGatherCat
-from .timing import CapturedCalls, Timed, elapsed_us, slowest_medians
 
 __all__ = ["format_kv_gather", "run_kv_gather"]
 

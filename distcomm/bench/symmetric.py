@@ -11,8 +11,8 @@ import torch
 
 from ..group import GroupCoordinator
 from ..parallel_state import ParallelState
+from ..timing import CapturedCalls, Timed, slowest_medians
 from .conditions import conditions
-from .timing import CapturedCalls, Timed, slowest_medians
 
 __all__ = ["format_symmetric", "run_symmetric"]
 

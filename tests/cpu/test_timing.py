@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distcomm import ParallelState
-from distcomm.bench.timing import slowest_medians
+from distcomm.timing import slowest_medians
 from tests.cpu.job import Job
 
 
