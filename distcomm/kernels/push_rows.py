@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentError
+from .flags import flags_of
 from .launch import KernelLauncher
 from .ptx import set_flag, wait_and_clear_flag
 
-__all__ = ["MAX_BLOCKS", "PushedTensor", "push_rows", "signal_bytes"]
+__all__ = ["PushedTensor", "push_rows"]
 
 _NUM_WARPS = 8
 _NUM_THREADS = _NUM_WARPS * 32
@@ -34,26 +35,7 @@ _TILE_WORDS = 16 * _NUM_THREADS
 _LEAST_TILE_WORDS = 4 * _NUM_THREADS
 # A warp's widest access is 64 words; longer stretches of a row save row addresses.
 _BLOCK_WORDS = (64, 128, 256, 512)
-_FLAG_BYTES = 4
-# What groups make signal areas for: near one block for each multiprocessor of an H200.
-MAX_BLOCKS = 128
 _WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
-
-
-@triton.jit
-def _flags(signals: tl.tensor, rank: tl.tensor, world_size: tl.tensor,
-           THREADS: tl.constexpr) -> Any:  # fmt: skip
-    """Addresses of block b's opening flags, one peer a thread: those that it sets in block b's row
-    of every rank, those that it waits for in its own, and which threads have one.
-
-    Its closing flags are a row of W flags further on.
-    """
-    thread = tl.arange(0, THREADS)  # one peer a thread, so that all are polled at the same time
-    has_peer = thread < world_size
-    row = tl.program_id(0) * 2 * world_size
-    theirs = tl.load(signals + thread, mask=has_peer, other=0) + (row + rank) * 4
-    own = tl.load(signals + rank) + (row + thread) * 4
-    return theirs, own, has_peer
 
 
 @triton.jit
@@ -103,7 +85,7 @@ def _push_tiles(rows_to: tl.tensor, slots: tl.tensor, num_rows: tl.tensor,
     if deltas is not None:
         base += tl.load(deltas + peer)
     if OPENS:
-        wait_and_clear_flag(own_flags, has_peer)
+        wait_and_clear_flag(own_flags, has_peer, False)
         tl.debug_barrier()  # the flags come before all stores of the block
     for tile in range(first_tile, num_tiles, tl.num_programs(0)):
         word = (tile % CHUNKS * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS))[None, :]
@@ -148,15 +130,9 @@ def _push_rows_kernel(
     So a peer's output is written only after all that used it before has ended.
     Closing: all that block b of the peers wrote, comes before the end of this block. With all
     its blocks ended, a rank has all rows.
-
-    A flag is 0 whenever its writer sets it, although only its reader clears it: a rank sets its
-    opening flag on a peer after it has seen the peer's closing flag of the call before, and the
-    peer had cleared its opening flags by then. It sets its closing flag after it has seen the
-    peer's opening flag of this call, and the peer had cleared its closing flags in the call
-    before. So flags need no counter, and a launch may be replayed by a CUDA graph.
     """
     if OPENS or CLOSES:
-        their_flags, own_flags, has_peer = _flags(signals, rank, world_size, THREADS)
+        their_flags, own_flags, has_peer = flags_of(signals, rank, world_size, THREADS)
     else:
         their_flags, own_flags, has_peer = 0, 0, 0
     if OPENS:
@@ -179,7 +155,7 @@ def _push_rows_kernel(
     if CLOSES:
         tl.debug_barrier()  # all stores of the block come before its flags
         set_flag(their_flags + world_size * 4, has_peer, True)
-        wait_and_clear_flag(own_flags + world_size * 4, has_peer)
+        wait_and_clear_flag(own_flags + world_size * 4, has_peer, False)
 
 
 _launcher = KernelLauncher(_push_rows_kernel)
@@ -214,15 +190,6 @@ class PushedTensor:
         """Bytes, a power of two up to 16, that divide every address of a row and its size."""
         pitches = (self.row_bytes, self.source_pitch, self.output_pitch)
         return math.gcd(16, self.source, self.output, *pitches, self.delta_alignment)
-
-
-def signal_bytes(world_size: int, max_blocks: int) -> int:
-    """Size of a rank's signal area for `push_rows` with at most `max_blocks` blocks.
-
-    The area is uint32 [B, 2, W]: by block, opening or closing, and the rank that sets the flag.
-    All of it must be 0 on all ranks before the first launch, and is 0 again after each.
-    """
-    return max_blocks * 2 * world_size * _FLAG_BYTES
 
 
 def push_rows(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,9 @@ from distcomm.errors import ArgumentError
 from distcomm.kernels import PushedTensor, push_rows, signal_bytes
 
 triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).with_name("programs") / "pushed_rows.py"
-INTERPRETER_TIMEOUT_S = 100
+from tests.cpu.triton_kernels import PretendedDevice, check_in_interpreter  # noqa: E402
 
 W = 4
 KERNEL_FILE = importlib.import_module("distcomm.kernels.push_rows")
@@ -31,35 +26,10 @@ KERNEL_FILE = importlib.import_module("distcomm.kernels.push_rows")
 
 @pytest.mark.parametrize("cases", ["example", "row_sizes", "groups"])
 def test_rows_arrive(cases: str) -> None:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, PROGRAM, cases],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=INTERPRETER_TIMEOUT_S,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    check_in_interpreter("pushed_rows.py", cases)
 
 
 # ---- what it compiles to ------------------------------------------------------------------
-
-
-class PretendedDevice:
-    """Stands for Triton's driver, so that a kernel is compiled as for a launch on `arch`."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @pytest.fixture(params=[80, 90, 100])

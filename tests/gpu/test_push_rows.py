@@ -13,8 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from distcomm.kernels import PushedTensor, push_rows
-from distcomm.kernels.push_rows import signal_bytes
+from distcomm.kernels import PushedTensor, push_rows, signal_bytes
 from tests.worker_pool import WorkerPool, fresh_init_method
 
 MOST_BLOCKS = 16
