@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .algorithms import load_tables
 from .communicators import JobContext
 from .devices import CudaProbe, agreed_device_type, check_device, probe_cuda
 from .errors import InitializationError
@@ -37,6 +38,8 @@ class Wish:
         symmetric_reserve: bytes to reserve, as a number or a text, or ``"auto"``.
         ignore_known_issues: names of known issues.
         verify_symmetric: whether collectives' buffers are compared between ranks.
+        tune: ``"shipped"``, ``"startup"``, ``"nccl"``, or the path of a table on rank 0's host.
+        deterministic: whether reductions' bits may not depend on how much is reduced at once.
     """
 
     sizes: dict[str, int]
@@ -46,6 +49,8 @@ class Wish:
     symmetric_reserve: int | str = "auto"
     ignore_known_issues: Collection[str] = ()
     verify_symmetric: bool = False
+    tune: str = "shipped"
+    deterministic: bool = False
 
     def layout(self, world_size: int) -> ParallelLayout:
         return ParallelLayout(world_size, **self.sizes, order=self.order, cp_layout=self.cp_layout)
@@ -60,6 +65,8 @@ class Wish:
             "symmetric_reserve": repr(self.symmetric_reserve),
             "ignore_known_issues": repr(sorted(map(str, self.ignore_known_issues))),
             "verify_symmetric": repr(self.verify_symmetric),
+            "tune": repr(self.tune),
+            "deterministic": repr(self.deterministic),
             # Ranks that cut their memory differently would place symmetric tensors differently.
             "torch's allocator settings": block_settings(AllocatorSettings().current()),
         }
@@ -89,11 +96,14 @@ def agree_on_job(
     store = open_store(launch, timeout_s)
     local_rank = launch.rank if launch.local_rank is None else launch.local_rank
     probe = CudaProbe()
+    tables: list[dict[str, Any]] = []
     problem: Exception | None = None
     try:
         check_device(wish.device, launch.rank)
         wish.reserved_bytes(0)
         KnownIssues(0, wish.ignore_known_issues)
+        if launch.rank == 0:
+            tables = load_tables(wish.tune)
         layout = wish.layout(launch.world_size)
         if wish.device != "cpu":
             probe = probe_cuda(local_rank)
@@ -103,7 +113,7 @@ def agree_on_job(
         reports = check_in(
             store,
             launch,
-            report=probe.as_json(),
+            report={**probe.as_json(), "tables": tables},
             must_agree=wish.as_json(launch.world_size),
             failure=None if problem is None else str(problem),
             timeout_s=timeout_s,
@@ -116,7 +126,15 @@ def agree_on_job(
     if launch.rank == 0:
         _log_choices(layout, wish, problems)
     if device_type == "cpu":
-        return layout, JobContext(torch.device("cpu"), local_rank, store, timeout_s, None), 0
+        job = JobContext(
+            torch.device("cpu"),
+            local_rank,
+            store,
+            timeout_s,
+            None,
+            deterministic=wish.deterministic,
+        )
+        return layout, job, 0
     torch.cuda.set_device(probe.device_index)
     job = JobContext(
         torch.device("cuda", probe.device_index),
@@ -125,6 +143,9 @@ def agree_on_job(
         timeout_s,
         probe.nccl,
         hosts=[report["host"] for report in reports],
+        tune=wish.tune,
+        tables=reports[0]["tables"],
+        deterministic=wish.deterministic,
         **_nccl_options(wish, probe, reports),
     )
     has_pool = job.symmetric_pool is not None and launch.world_size > 1

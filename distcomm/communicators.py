@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from .backends import KernelCollectives
 from .errors import GroupClosedError, GroupMember
-from .memory import GroupWindows, SymmetricPool
+from .memory import GroupWindows, PeerChannel, SymmetricPool
 from .nccl import KnownIssues, NcclLibrary, PyNcclCommunicator, Topology
 from .process_groups import create_process_group, destroy_process_group
 
@@ -36,6 +37,8 @@ class JobContext:
         symmetric_pool: this process's; None where there can't be one.
         no_symmetric: why there can't be one; the same on all ranks.
         verifies_symmetric: whether every collective's buffers are compared between ranks.
+        tune, tables: which tables of algorithms there are, as `table_for` takes them; rank 0's.
+        deterministic: whether reductions' bits may not depend on how much is reduced at once.
     """
 
     device: torch.device
@@ -48,6 +51,9 @@ class JobContext:
     symmetric_pool: SymmetricPool | None = None
     no_symmetric: str = "the job runs on CPU"
     verifies_symmetric: bool = False
+    tune: str = "shipped"
+    tables: Sequence[Mapping[str, Any]] = ()
+    deterministic: bool = False
 
     def topology(self, ranks: Sequence[int]) -> Topology:
         """Where the ranks of a group are."""
@@ -64,6 +70,13 @@ class GroupCommunicators:
         job: what all groups share.
         unique_name: the same on all ranks of the group, never used before in `job.store`.
         cpu_group: a gloo group of these ranks that exists already; it isn't destroyed here.
+
+    Attributes:
+        pynccl: the NCCL communicator; None on CPU and for a single rank.
+        windows: its windows; None where there can't be any.
+        channel: how kernels write into the ranks' memory, or why they can't; None at first.
+        kernels: collectives by such kernels; None if there are none.
+        no_kernels: why not, once it has been tried.
     """
 
     def __init__(
@@ -82,6 +95,9 @@ class GroupCommunicators:
         self._closed = False
         self.pynccl: PyNcclCommunicator | None = None
         self.windows: GroupWindows | None = None
+        self.channel: PeerChannel | str | None = None
+        self.kernels: KernelCollectives | None = None
+        self.no_kernels: str | None = None
         if member.world_size == 1:
             return
         try:

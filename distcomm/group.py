@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from .backends import Backend, TorchPgBackend
-from .checks import check_dim, check_distinct, check_shape
+from .checks import check_dim, check_distinct, check_shape, materialized
 from .communicators import GroupCommunicators, JobContext
 from .errors import ArgumentError, GroupClosedError, GroupMember
+from .group_fused import FusedCollectives
 from .group_memory import GroupMemory
 from .group_objects import ObjectCollectives
 from .handles import AsyncHandle, CompletedHandle, WorkHandle
@@ -27,7 +28,7 @@ from .routing import Router
 __all__ = ["GroupCoordinator"]
 
 
-class GroupCoordinator(ObjectCollectives, GroupMemory):
+class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
     """One rank's side of one group: its collectives, and what they run on.
 
     Made by `init_distributed` or `ParallelState.create_group`. Unless said otherwise, a call is
@@ -120,10 +121,16 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
 
     def stats(self) -> dict[str, Any]:
         """Counters of this rank: ``{"ops": {op: {backend: {"calls", "bytes"}}}, "fallbacks":
-        {reason: calls}, "symmetric_memory": {"contexts", "inactive": {reason: contexts},
-        "windows"}}``. Bytes are those of the call's tensor argument. Stays readable after
-        `close()`. Not collective."""
-        return {**self._router.stats(), "symmetric_memory": self._memory_stats()}
+        {reason: calls}, "algorithms": table, "symmetric_memory": {"contexts", "inactive": {reason:
+        contexts}, "windows"}}``. Bytes are those of the call's tensor argument; `table` says which
+        table of algorithms there is, or why none, and is None on CPU and in a group of one. Stays
+        readable after `close()`. Not collective."""
+        kernels = self.kernels
+        return {
+            **self._router.stats(),
+            "algorithms": self._why_no_kernels() if kernels is None else kernels.table.source,
+            "symmetric_memory": self._memory_stats(),
+        }
 
     def close(self) -> None:
         """Ends the group's use on this rank; its communicators live on for groups that share
@@ -147,7 +154,10 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
         Returns:
             `out`, or a new tensor.
         """
-        return self._route("all_reduce", x).all_reduce(x, op, out)
+        if out is None and self._router.depends_on_output("all_reduce", x):
+            x = materialized(x)
+            out = torch.empty_like(x)
+        return self._route("all_reduce", x, out, reduction=op).all_reduce(x, op, out)
 
     def reduce(
         self, x: torch.Tensor, dst: int = 0, op: str = "sum", out: torch.Tensor | None = None
@@ -178,7 +188,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
                 call=call,
                 member=self.member,
             )
-        backend = self._route(call, x)
+        backend = self._route(call, x, reduction=op)
         chunks = x.unflatten(dim, (self.world_size, share)).movedim(dim, 0)
         return backend.reduce_scatter_tensor(x.new_empty(chunks.shape[1:]), chunks, op)
 
@@ -194,7 +204,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
         Returns:
             `output`.
         """
-        backend = self._route("reduce_scatter_tensor", input)
+        backend = self._route("reduce_scatter_tensor", input, output, reduction=op)
         return backend.reduce_scatter_tensor(output, input, op)
 
     def reduce_scatterv(
@@ -225,10 +235,11 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
             x: the same shape on all ranks, at least one dim.
         """
         dim = check_dim("all_gather", dim, x.dim(), self.member)
-        backend = self._route("all_gather", x)
         if self.world_size == 1:
+            self._route("all_gather", x)
             return x
         stacked = x.new_empty((self.world_size, *x.shape))
+        backend = self._route("all_gather", x, stacked)
         return _concatenated(backend.all_gather_into_tensor(stacked, x), dim)
 
     def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
@@ -241,7 +252,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory):
         Returns:
             `output`.
         """
-        backend = self._route("all_gather_into_tensor", input)
+        backend = self._route("all_gather_into_tensor", input, output)
         return backend.all_gather_into_tensor(output, input)
 
     def all_gatherv(

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from .algorithms import AlgorithmTable, table_for
+from .backends import KernelCollectives
 from .communicators import GroupCommunicators, JobContext
 from .errors import ArgumentError, GroupMember
 from .handles import StreamHandle
-from .kernels import MAX_BLOCKS, signal_bytes
+from .kernels import (
+    LEAST_CAPABILITY,
+    MAX_BLOCKS,
+    MOST_BLOCKS,
+    MOST_RANKS,
+    OVERLAPS_SINCE,
+    Mailboxes,
+    mailbox_bytes,
+    signal_bytes,
+)
 from .memory import (
     CaptureLog,
     InactiveContext,
@@ -26,7 +38,12 @@ from .memory import (
 from .objects import ObjectChannel
 from .routing import Router
 
-__all__ = ["GraphCapture", "GroupMemory", "capture_stream"]
+__all__ = ["CHANNEL_BYTES", "GraphCapture", "GroupMemory", "capture_stream"]
+
+logger = logging.getLogger(__name__)
+
+CHANNEL_BYTES = mailbox_bytes() + (1 << 20)
+"""Symmetric memory that a group takes at most to write into its peers' memory."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,7 @@ class GroupMemory:
         self._symmetric_counters: Counter[str] = Counter()
         self._inactive: Counter[str] = Counter()
         self._num_captures = 0
-        self._peer_channel: PeerChannel | str | None = None
+        self._memory_closed = False
         self._kept_for_graphs: dict[int, torch.Tensor] = {}
         self._parked_handles: list[StreamHandle] = []
         windows = self._communicators.windows
@@ -173,10 +190,37 @@ class GroupMemory:
         Raises:
             SymmetricMemoryError: when first called, a rank didn't come, or captures a graph.
         """
-        if self._peer_channel is None:
-            self._peer_channel = self._open_peer_channel()
-        channel = self._peer_channel
+        if self._memory_closed:
+            return "the group is closed"
+        if self._communicators.channel is None:
+            self._communicators.channel = self._open_peer_channel()
+        channel = self._communicators.channel
         return channel if isinstance(channel, str) else channel.problem or channel
+
+    @property
+    def kernels(self) -> KernelCollectives | None:
+        """Collectives by kernels that use peers' memory; None where there can't be any."""
+        return self._communicators.kernels
+
+    def enable_kernels(self) -> None:
+        """Lets kernels run this group's collectives, where they can. Collective.
+
+        Raises:
+            SymmetricMemoryError, CollectiveError: a rank didn't come.
+        """
+        communicators = self._communicators
+        if communicators.kernels is None and communicators.no_kernels is None:
+            made = self._kernel_collectives()
+            if isinstance(made, str):
+                communicators.no_kernels = made
+                logger.info("no kernels of our own for collectives: %s [%s]", made, self.member)
+            else:
+                communicators.kernels = made
+
+    def use_table(self, table: AlgorithmTable) -> None:
+        """From now on kernels are chosen by `table`, which has to be the same on all ranks."""
+        if self._communicators.kernels is not None:
+            self._communicators.kernels = replace(self._communicators.kernels, table=table)
 
     def announce(self, op: str, *tensors: torch.Tensor) -> None:
         """To be called before a collective that writes to the same place of every rank's tensors.
@@ -256,11 +300,52 @@ class GroupMemory:
         windows, pool = self._communicators.windows, self._job.symmetric_pool
         if windows is None or pool is None or windows.unsupported is not None:
             return self._why_inactive(True)
-        num_bytes = signal_bytes(self.member.world_size, MAX_BLOCKS)
-        return PeerChannel(pool, windows, num_bytes, self._job.timeout_s)
+        return PeerChannel(
+            pool,
+            windows,
+            num_kernel_bytes=signal_bytes(self.member.world_size, MAX_BLOCKS),
+            num_mailbox_bytes=0 if self._job.tune == "nccl" else mailbox_bytes(),
+            timeout_s=self._job.timeout_s,
+        )
+
+    def _kernel_collectives(self) -> KernelCollectives | str:
+        """Or why there can't be any; the same on all ranks."""
+        member = self.member
+        if member.world_size > MOST_RANKS:
+            return f"the group has more than {MOST_RANKS} ranks"
+        capability = torch.cuda.get_device_capability(self.device)
+        gpu = torch.cuda.get_device_name(self.device)
+        table = table_for(self._job.tune, self._job.tables, gpu, member.world_size)
+        objects = ObjectChannel(member, self._communicators.cpu_group)
+        everyone = objects.all_gather((capability, table))
+        if any(capability < LEAST_CAPABILITY for capability, _ in everyone):
+            return f"a GPU has less than compute capability {LEAST_CAPABILITY}"
+        channel = self.peer_channel()
+        if isinstance(channel, str):
+            return channel
+        if not channel.mailboxes:
+            return "no room for mailboxes is left in the symmetric reserve"
+        with self.suspend_symmetric_memory():
+            turns = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=self.device)
+        boxes = Mailboxes(
+            base=channel.mailboxes,
+            stride=channel.stride,
+            turns=turns,
+            rank=member.rank_in_group,
+            world_size=member.world_size,
+            overlaps=capability >= OVERLAPS_SINCE,
+        )
+        # The first rank's table, as GPUs may differ.
+        return KernelCollectives(boxes, channel, everyone[0][1], self._job.deterministic)
+
+    def _why_no_kernels(self) -> str | None:
+        if self._job.device.type == "cuda" and self._job.tune == "nccl":
+            return "none: tune='nccl'"
+        reason = self._communicators.no_kernels
+        return None if reason is None else f"none: {reason}"
 
     def _close_memory(self) -> None:
-        self._peer_channel = "the group is closed"
+        self._memory_closed = True
         self._kept_for_graphs.clear()
 
     def _memory_stats(self) -> dict[str, object]:

@@ -54,6 +54,8 @@ def init_distributed(  # noqa: PLR0913 - a launch and its sizes have that many p
     device: str = "auto",
     symmetric_reserve: int | str = "auto",
     verify_symmetric: bool = False,
+    tune: str = "shipped",
+    deterministic: bool = False,
     ignore_known_issues: Collection[str] = (),
     timeout: float | timedelta = 300.0,
     init_method: str | None = None,
@@ -75,8 +77,18 @@ def init_distributed(  # noqa: PLR0913 - a launch and its sizes have that many p
         symmetric_reserve: GPU memory to reserve and register for symmetric tensors: bytes, a text
             such as ``"4GiB"``, 0 for none, or ``"auto"``: 1 GiB, and at most 1/64 of the GPU.
             What doesn't fit later makes segments as needed, but not during CUDA graph captures.
+            33 MiB for each set of ranks, and for one more, come on top, unless `tune` is "nccl";
+            with 0 no kernels of ours run collectives.
         verify_symmetric: compares the buffers of every NCCL collective between ranks, and raises
             `SymmetricMismatchError` where they differ. Slow; for debugging.
+        tune: which algorithm runs a collective of which size on GPUs: ``"shipped"`` by tables that
+            come with this package, a path by one that `python -m distcomm.bench tune` wrote, which
+            only rank 0 reads, ``"startup"`` by what is measured now, in a few seconds for each
+            size of a group, ``"nccl"`` always NCCL. For a GPU or group size that has no table,
+            kernels run small collectives and NCCL the others.
+        deterministic: sums are made from the first rank to the last and rounded once, so that an
+            element's bits don't depend on how much is reduced at once, nor on the rank. On GPUs by
+            kernels that do so anyway; where there are none, all is gathered and then reduced.
         ignore_known_issues: names of known issues of NCCL versions to do nothing about, or
             ``("all",)``; see `distcomm.nccl.known_issues`.
         timeout: seconds that each step of initialization, each CPU collective and closing may
@@ -114,6 +126,8 @@ def init_distributed(  # noqa: PLR0913 - a launch and its sizes have that many p
         symmetric_reserve,
         ignore_known_issues,
         verify_symmetric or env.verifies_symmetric_memory(),
+        tune,
+        deterministic,
     )
     layout, job, reserved_bytes = agree_on_job(wish, launch, timeout_s)
     _current = ParallelState(layout, launch, job, reserved_bytes)

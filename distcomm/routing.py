@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from .backends import Backend, LocalBackend, ObservedBackend, Observer, TorchPgBackend
+from .backends import (
+    Backend,
+    LocalBackend,
+    ObservedBackend,
+    Observer,
+    OrderedBackend,
+    TorchPgBackend,
+)
 from .communicators import GroupCommunicators, JobContext
 from .dispatch import GroupFacts, Request, choose_backend
 from .errors import ArgumentError, GroupClosedError, GroupMember
@@ -16,6 +23,20 @@ from .errors import ArgumentError, GroupClosedError, GroupMember
 __all__ = ["Router"]
 
 logger = logging.getLogger(__name__)
+
+# Calls whose algorithm depends on the size, and the op that they are.
+_TUNED = {
+    "all_reduce": "all_reduce",
+    "reduce_scatter": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_gather": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+}
+
+
+_REDUCTIONS = (
+    "all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatterv",
+)  # fmt: skip
 
 
 class _Counter:
@@ -57,15 +78,28 @@ class Router:
         self._job = job
         self._pynccl = communicators.pynccl
         self._backends: dict[str, Backend] = {}
-        self._routes: dict[tuple[str, bool, bool, bool], _Route] = {}
+        self._routes: dict[tuple[str, bool, bool, bool, str | None], _Route] = {}
         self._others: dict[tuple[str, str], _Counter] = {}
         self._fallbacks: Counter[tuple[str, str]] = Counter()
         self._observers: tuple[Observer, ...] = ()
         self._closed = False
         self._stats_at_close: dict[str, Any] = {}
 
-    def route(self, op: str, x: torch.Tensor) -> Backend:
+    def route(
+        self,
+        op: str,
+        x: torch.Tensor,
+        output: torch.Tensor | None = None,
+        *,
+        reduction: str = "sum",
+    ) -> Backend:
         """The backend for `op` on tensors like `x`; counts the call.
+
+        Args:
+            op: the call.
+            x: its tensor argument.
+            output: where the result goes, if that exists.
+            reduction: how it reduces, if it does.
 
         Raises:
             ArgumentError: the group can't take tensors of x's device.
@@ -73,13 +107,23 @@ class Router:
         """
         on_cuda = x.is_cuda
         pynccl = self._pynccl
-        key = (op, on_cuda, pynccl is not None and pynccl.enabled, bool(self._observers))
+        algorithm = None
+        kernels = self._communicators.kernels
+        if kernels is not None and on_cuda and reduction == "sum" and op in _TUNED:
+            algorithm = kernels.algorithm(_TUNED[op], x, output)
+        enabled = pynccl is not None and pynccl.enabled
+        key = (op, on_cuda, enabled, bool(self._observers), algorithm)
         route = self._routes.get(key)
         if route is None:
             route = self._routes[key] = self._resolve(*key)
         route.calls += 1
         route.num_bytes += x.nbytes
         return route.backend
+
+    def depends_on_output(self, op: str, x: torch.Tensor) -> bool:
+        """Whether `route` depends on where the output lies."""
+        kernels = self._communicators.kernels
+        return kernels is not None and x.is_cuda and kernels.depends_on_output(_TUNED[op], x)
 
     def count(self, op: str, how: str, num_bytes: int) -> None:
         """Counts a call that no backend runs.
@@ -142,7 +186,14 @@ class Router:
         self._routes.clear()
         self._backends.clear()
 
-    def _resolve(self, op: str, on_cuda: bool, pynccl_enabled: bool, observed: bool) -> _Route:
+    def _resolve(
+        self,
+        op: str,
+        on_cuda: bool,
+        pynccl_enabled: bool,
+        observed: bool,
+        algorithm: str | None,
+    ) -> _Route:
         if self._closed:
             raise GroupClosedError(f"{op}: the group is closed [{self._member}]")
         job_device = self._job.device
@@ -158,12 +209,18 @@ class Router:
                 call=op,
                 member=self._member,
             )
-        backend = self._backend(choice.backend)
+        name, backend = choice.backend, self._backend(choice.backend)
+        kernels = self._communicators.kernels
+        if name == "pynccl" and kernels is not None and algorithm not in (None, "nccl"):
+            name = algorithm or ""
+            backend = kernels.backend(_TUNED[op], name, backend, self._member, job_device)
+        elif self._job.deterministic and op in _REDUCTIONS and name != "local":
+            name, backend = "ordered", OrderedBackend(backend, self._member)
         if observed and choice.backend == "pynccl":
             backend = ObservedBackend(backend, self._tell)
         if choice.fallback_reason is not None:
             self._log_fallback(op, choice.backend, choice.fallback_reason)
-        return _Route(backend, choice.backend, choice.fallback_reason)
+        return _Route(backend, name, choice.fallback_reason)
 
     def _log_fallback(self, op: str, how: str, reason: str) -> None:
         logger.warning("%s: using '%s', because %s [%s]", op, how, reason, self._member)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 import torch
 
+from .algorithms import AlgorithmTable
+from .backends import KernelCollectives
+from .calibration import calibrate
 from .communicators import GroupCommunicators, JobContext
 from .errors import (
     ArgumentError,
@@ -20,7 +23,8 @@ from .errors import (
     InitializationError,
 )
 from .group import GroupCoordinator
-from .group_memory import GraphCapture, capture_stream
+from .group_memory import CHANNEL_BYTES, GraphCapture, capture_stream
+from .kernels import MOST_RANKS
 from .layout import ParallelLayout
 from .memory import MemoryContext, SymmetricPool
 from .process_groups import (
@@ -74,6 +78,9 @@ class ParallelState:
         self._communicators: dict[tuple[int, ...], GroupCommunicators] = {}
         self._launch = launch
         self._owns_default_group = launch.init_method is not None
+        self._reserved_bytes = reserved_bytes
+        self._uses_kernels = job.tune != "nccl"
+        self._tables: dict[int, AlgorithmTable] = {}  # measured ones, by group size
         self._built = False
         self._closed = False
         atexit.register(self._leave)
@@ -81,6 +88,8 @@ class ParallelState:
             self._build_groups()
             self._built = True
             self._reserve(reserved_bytes)
+            self._enable_kernels()
+            self._calibrate(self._groups.values())
             self._log_known_issues()
         except RuntimeError as error:
             self.close()
@@ -126,7 +135,11 @@ class ParallelState:
             )
         member = GroupMember(name, tuple(ranks), self.rank)
         with collective_errors("create_group", member):
-            return self._add_group(member)
+            group = self._add_group(member)
+            if self._uses_kernels and self._reserved_bytes and group.world_size > 1:
+                group.enable_kernels()
+                self._calibrate([group])
+            return group
 
     def close(self) -> None:
         """Closes all groups and what this state has made. Idempotent; every wait is bounded.
@@ -230,7 +243,10 @@ class ParallelState:
         pool = self.symmetric_pool
         if pool is None or num_bytes == 0:
             return
-        failure = pool.make_slab(num_bytes)
+        several = [ranks for ranks in self._communicators if 1 < len(ranks) <= MOST_RANKS]
+        # For one more than there are: `create_group` may make another one.
+        room = (len(several) + 1) * CHANNEL_BYTES if several and self._uses_kernels else 0
+        failure = pool.make_slab(num_bytes + room)
         self._pass("symmetric/slab", None if failure is None else str(failure))
         problem = None
         try:
@@ -240,7 +256,35 @@ class ParallelState:
         except DistcommError as error:
             problem = str(error)
         self._pass("symmetric/windows", problem)
-        pool.take_signals(0)  # cuts their page, on all ranks alike
+        pool.cut_signal_page(room)  # on all ranks alike, whichever groups need it
+
+    def _enable_kernels(self) -> None:
+        """Lets kernels run all groups' collectives, where there is memory for mailboxes."""
+        if self._reserved_bytes == 0 or not self._uses_kernels:
+            return
+        problem = None
+        try:
+            for group in self._groups.values():
+                if group.world_size > 1:
+                    group.enable_kernels()
+        except DistcommError as error:
+            problem = str(error)
+        self._pass("symmetric/kernels", problem)
+
+    def _calibrate(self, groups: Iterable[GroupCoordinator]) -> None:
+        """Measures which algorithms are the fastest, if asked to, once for each size of a group."""
+        if self._job.tune != "startup":
+            return
+        done: list[KernelCollectives] = []  # of groups of the same ranks
+        for group in groups:
+            if group.kernels is None or group.kernels in done:
+                continue
+            # Another group of this rank may have measured; what its first rank knows, holds.
+            table = group.broadcast_object(self._tables.get(group.world_size))
+            table = calibrate(group) if table is None else table
+            self._tables[group.world_size] = table
+            group.use_table(table)
+            done.append(group.kernels)
 
     def _log_known_issues(self) -> None:
         if self.rank == 0 and self._job.issues is not None:

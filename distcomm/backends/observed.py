@@ -8,6 +8,7 @@ import torch
 
 from ..checks import materialized
 from .base import Backend
+from .forwarding import ForwardingBackend
 
 __all__ = ["Observer", "ObservedBackend"]
 
@@ -16,7 +17,7 @@ __all__ = ["Observer", "ObservedBackend"]
 Observer = Callable[[str, tuple[torch.Tensor, ...], bool], None]
 
 
-class ObservedBackend:
+class ObservedBackend(ForwardingBackend):
     """Forwards to another backend, and tells an observer of each collective first.
 
     Outputs that the backend would make are made here, so that the observer sees them. Sending and
@@ -28,7 +29,7 @@ class ObservedBackend:
     """
 
     def __init__(self, backend: Backend, observe: Observer) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self._observe = observe
 
     def all_reduce(
@@ -93,9 +94,3 @@ class ObservedBackend:
     ) -> torch.Tensor | None:
         self._observe(f"gather to {dst}", (x,), False)
         return self._backend.gather(x, dst, out)
-
-    def send(self, x: torch.Tensor, dst: int) -> None:
-        self._backend.send(x, dst)
-
-    def recv(self, out: torch.Tensor, src: int) -> torch.Tensor:
-        return self._backend.recv(out, src)

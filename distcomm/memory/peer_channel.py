@@ -1,4 +1,4 @@
-"""How the ranks of a group write into each other's memory in step: flags, addresses, order."""
+"""How the ranks of a group write into each other's memory in step: flags, mailboxes, order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _CALL = "peer_channel"
 _SIGNAL_ALIGNMENT = 128
+_MAILBOX_ALIGNMENT = 4096
 # A copy within the GPU of that size takes some 10 µs, more than what another stream costs.
 _LEAST_OWN_BYTES = 8 << 20
 
@@ -39,6 +41,7 @@ class PeerChannel:
         pool: the process's.
         windows: of the group.
         num_kernel_bytes: size of the signals for kernels, zeros at first; the same on all ranks.
+        num_mailbox_bytes: size of the mailbox for kernels, all bits set at first; likewise.
         timeout_s: bound of the wait for the GPU.
 
     Attributes:
@@ -49,6 +52,9 @@ class PeerChannel:
             int64 [W], on the device.
         deltas: from this rank's `alias` of a byte to the same byte of every rank.
         deltas_table: the same on the device, int64 [W].
+        stride: from one rank's to the next one's; 0 if that differs between ranks.
+        mailboxes: the address of rank 0's mailbox as this rank reaches it; the others' are
+            `stride` apart. 0 if there is no room for mailboxes, or no stride.
 
     Raises:
         SymmetricMismatchError: a rank didn't come in time.
@@ -56,7 +62,13 @@ class PeerChannel:
     """
 
     def __init__(
-        self, pool: SymmetricPool, windows: GroupWindows, num_kernel_bytes: int, timeout_s: float
+        self,
+        pool: SymmetricPool,
+        windows: GroupWindows,
+        *,
+        num_kernel_bytes: int,
+        num_mailbox_bytes: int,
+        timeout_s: float,
     ) -> None:
         self._windows = windows
         self._device = pool.device
@@ -65,37 +77,46 @@ class PeerChannel:
         self._rank = windows.member.rank_in_group
         self._shifts: dict[int, int] = {}  # from a segment's address to its alias, by ordinal
         self._timeout_s = timeout_s
-        # By CUDA graph capture, 0 for none: the stream and the end of the latest block.
-        self._last: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+        # By CUDA graph capture, 0 for none: the latest stream, and where its part ends; None for
+        # wherever it is when another stream follows.
+        self._last: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event | None]] = {}
+        self._followed: tuple[int, int] | None = None
         with torch.cuda.device(self._device):
             if torch.cuda.is_current_stream_capturing():
                 raise SymmetricMemoryError(
                     f"{_CALL}: a group's first write to its peers' memory can't be captured: make "
                     f"the call once before the capture [{windows.member}]"
                 )
-            self._open(pool, num_kernel_bytes)
+            self._open(pool, num_kernel_bytes, num_mailbox_bytes)
 
-    def _open(self, pool: SymmetricPool, num_kernel_bytes: int) -> None:
+    def _open(self, pool: SymmetricPool, num_kernel_bytes: int, num_mailbox_bytes: int) -> None:
         self.deltas: list[int] = []
-        self._signals: list[int] = []
+        self.stride = 0
+        self.mailboxes = 0
         # Those of the copy engines come first.
         member = self._windows.member
         initial = PeerCopies.initial_signals(member.world_size)
-        gap = -len(initial) % _SIGNAL_ALIGNMENT
-        initial += bytes(gap + num_kernel_bytes)
+        initial += bytes(-len(initial) % _SIGNAL_ALIGNMENT)
+        kernel_at = len(initial)
+        initial += bytes(num_kernel_bytes + -(kernel_at + num_kernel_bytes) % _MAILBOX_ALIGNMENT)
         self._initial = initial
+        self._num_mailbox_bytes = num_mailbox_bytes
         self.can_copy = False
-        self._area = pool.take_signals(len(initial))
-        self.problem = self._connected()
-        if self.problem is None:
-            self._copies = PeerCopies(self._native, self._rank, self._signals)
-            self._own_stream = torch.cuda.Stream(self._device)
-            at = len(initial) - num_kernel_bytes
-            with SuspendedContext(pool):  # these are no tensors that all ranks' callers make
-                self.kernel_signals = self._on_device([each + at for each in self._signals])
-                self.deltas_table = self._on_device(self.deltas)
-        else:
+        self._area = 0
+        self.problem = self._connected(pool)
+        if self.problem is not None:
             logger.warning("no direct writes to peers: %s [%s]", self.problem, member)
+            return
+        alias = self.alias(self._area)
+        signals = [alias + delta for delta in self.deltas]
+        if self.stride and self._num_mailbox_bytes:
+            self.mailboxes = signals[0] + len(initial)
+        signals[self._rank] = self._area
+        self._copies = PeerCopies(self._native, self._rank, signals)
+        self._own_stream = torch.cuda.Stream(self._device)
+        with SuspendedContext(pool):  # these are no tensors that all ranks' callers make
+            self.kernel_signals = self._on_device([each + kernel_at for each in signals])
+            self.deltas_table = self._on_device(self.deltas)
 
     def alias(self, address: int) -> int:
         """This rank's symmetric memory where NCCL has mapped all ranks' evenly spaced.
@@ -121,6 +142,14 @@ class PeerChannel:
             shift = self._shifts[place.ordinal] = (addresses[self._rank] or 0) - address
         return address + shift
 
+    def is_within_reach(self, x: torch.Tensor) -> bool:
+        """Whether `x` is symmetric for this group, so that `alias` has an address."""
+        return self._windows.is_symmetric(x)
+
+    def of_first_rank(self, address: int) -> int:
+        """The same byte of symmetric memory on rank 0 of the group; raises as `alias`."""
+        return self.alias(address) + self.deltas[0]
+
     def addresses(self, address: int) -> list[int]:
         """The same byte of symmetric memory on every rank; this rank's own is `address` itself."""
         alias = self.alias(address)
@@ -130,7 +159,7 @@ class PeerChannel:
 
     @contextmanager
     def in_order(self) -> Iterator[torch.cuda.Stream]:
-        """What the current stream is given in the block comes after what earlier blocks gave.
+        """What the current stream is given in the block comes after what earlier calls gave.
 
         Gives the stream, of the current device, which must be the group's.
 
@@ -139,15 +168,74 @@ class PeerChannel:
         """
         stream = torch.cuda.current_stream(self._device.index)
         capture = self._watch.capture_id(stream.cuda_stream)
-        self._last = {key: last for key, last in self._last.items() if key in (0, capture)}
-        last_stream, done = self._last.get(capture) or (stream, torch.cuda.Event())
-        if last_stream != stream:
-            stream.wait_event(done)
+        self._wait_for_last(stream, capture)
+        self._followed = None
         try:
             yield stream
         finally:  # also after an error, as a part may have been enqueued
-            done.record(stream)
-            self._last[capture] = (stream, done)
+            self._last[capture] = (stream, stream.record_event())
+
+    def follow(self) -> None:
+        """What the current stream is given next comes after what earlier calls gave.
+
+        As `in_order`, for calls that have no microsecond for an event: a call on another stream
+        later waits for all that this one has been given by then.
+        """
+        raw_stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        capture = 0
+        if torch._C._cuda_isCurrentStreamCapturing():
+            capture = self._watch.capture_id(raw_stream)
+        if self._followed == (raw_stream, capture):
+            return
+        stream = torch.cuda.current_stream(self._device.index)
+        self._wait_for_last(stream, capture)
+        self._last[capture] = (stream, None)
+        self._followed = (raw_stream, capture)
+
+    def _wait_for_last(self, stream: torch.cuda.Stream, capture: int) -> None:
+        self._last = {key: last for key, last in self._last.items() if key in (0, capture)}
+        last_stream, done = self._last.get(capture, (stream, None))
+        if last_stream == stream:
+            return
+        if done is None:
+            # A stream that is captured now isn't to wait for: captures begin when all is done.
+            if self._watch.capture_id(last_stream.cuda_stream) != capture:
+                return
+            done = last_stream.record_event()
+        stream.wait_event(done)
+
+    def spread(self, source: int, address: int, num_bytes: int) -> None:
+        """Copies what is at `source` to one place of every rank's symmetric memory, one peer after
+        another, by copy engines. On the current stream.
+
+        Args:
+            address: this rank's place, which may be `source`; else what this rank keeps is copied
+                beside the rest.
+
+        Raises:
+            ArgumentError: as `alias`.
+            PeerCopyError: the driver refused a copy. The channel is of no use any more.
+        """
+        stream = torch.cuda.current_stream(self._device.index)
+        addresses = self.addresses(address)
+        try:
+            if source != address:
+                self._own_stream.wait_stream(stream)
+                self._copy(address, source, num_bytes, self._own_stream)
+            for step in range(1, len(addresses)):  # ranks begin with different peers
+                peer = (self._rank + step) % len(addresses)
+                self._copy(addresses[peer], source, num_bytes, stream)
+        finally:
+            if source != address:
+                stream.wait_stream(self._own_stream)
+
+    def _copy(self, to: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
+        copy = self._native.functions.distcomm_copy_async
+        code = copy(to, source, num_bytes, stream.cuda_stream) if num_bytes else 0
+        if code:
+            error = PeerCopyError(code, rank_in_group=self._rank, world_size=len(self.deltas))
+            self.problem = f"an earlier call failed: {error}"
+            raise error
 
     def push(self, tensors: Sequence[PushedRows], runs: RowRuns, stream: torch.cuda.Stream) -> None:
         """`PeerCopies.push` on a stream. Collective.
@@ -171,19 +259,30 @@ class PeerChannel:
                 stream.wait_stream(own)
 
     def signals_are_at_rest(self) -> bool:
-        """Whether this rank's signals are as at first, as they are between calls. Waits."""
-        raw = ctypes.create_string_buffer(len(self._initial))
+        """Whether this rank's signals and mailbox are as at first, as between calls. Waits."""
+        initial = self._initial + b"\xff" * self._num_mailbox_bytes
+        raw = ctypes.create_string_buffer(len(initial))
         with torch.cuda.device(self._device):
             code = self._native.functions.distcomm_read_device(raw, self._area, len(raw))
-        return code == 0 and raw.raw == self._initial
+        return code == 0 and raw.raw == initial
 
     # ---- inside -----------------------------------------------------------------------------
 
-    def _connected(self) -> str | None:
-        """Fills `_signals` and `deltas`; or what is in the way, the same on all ranks."""
+    def _connected(self, pool: SymmetricPool) -> str | None:
+        """Fills `_area`, `deltas` and `stride`; or what is in the way, the same on all ranks."""
         windows = self._windows
+        pool.cut_signal_page()
         windows.count_common()
-        windows.register_common()  # the signal area may have needed a new segment
+        windows.register_common()  # the page may have needed a new segment
+        windows.count_common()
+        page = windows.exchange([pool.signal_page_bytes, pool.signals_used])
+        room, start = min(size for size, _ in page), max(used for _, used in page)
+        start += -start % _MAILBOX_ALIGNMENT
+        if start + len(self._initial) + self._num_mailbox_bytes > room:
+            self._num_mailbox_bytes = 0
+        if start + len(self._initial) > room:
+            return "no room for signals in the symmetric pool"
+        self._area = pool.claim_signals(start, len(self._initial) + self._num_mailbox_bytes)
         place, problem = self._prepared()
         where = None if place is None else [place.ordinal, place.offset]
         can_copy = bool(self._native.functions.distcomm_can_push())
@@ -191,35 +290,42 @@ class PeerChannel:
         everyone = windows.exchange({"place": where, "problem": problem, "can_copy": can_copy})
         self.can_copy = all(each["can_copy"] for each in everyone)
         problem = _first_problem(everyone)
-        if problem is None and place is not None:
-            problem = self._find_signals(place, [each["place"] for each in everyone])
+        if problem is None:
+            problem = self._find_peers([each["place"] for each in everyone])
         windows.count_common()
-        return _first_problem(windows.exchange({"problem": problem}))
+        everyone = windows.exchange({"problem": problem, "even": bool(self.stride)})
+        if not all(each["even"] for each in everyone):
+            self.stride = 0
+        return _first_problem(everyone)
 
     def _prepared(self) -> tuple[HeapLocation | None, str | None]:
-        place = self._windows.find(self._area) if self._area else None
+        """Writes what the area holds at first; where it is, or what is in the way."""
+        place = self._windows.find(self._area)
         if place is None or not place.window:
-            return None, "no room for signals in the symmetric pool"
+            return None, "the signals' memory has no window"
         try:
             raw = torch.frombuffer(bytearray(self._initial), dtype=torch.uint8)
-            source = raw.pin_memory().to(self._device, non_blocking=True)
-            copies = [(self._area, source.data_ptr(), source.numel())]
-            copy_bounded(self._native, self._device, copies, self._timeout_s)
+            signals = raw.pin_memory().to(self._device, non_blocking=True)
+            mailbox = signals.new_full((self._num_mailbox_bytes,), 0xFF)
+            copies = [
+                (self._area, signals.data_ptr(), signals.numel()),
+                (self._area + signals.numel(), mailbox.data_ptr(), mailbox.numel()),
+            ]
+            copy_bounded(self._native, self._device, copies[: 1 + bool(mailbox.numel())],
+                         self._timeout_s)  # fmt: skip
         except RuntimeError as error:  # torch's, too: the others are told
             return place, str(error)
         return place, None
 
-    def _find_signals(self, place: HeapLocation, places: list[list[int]]) -> str | None:
-        """Offsets may differ, as what the ranks have done before; the segment must be the same."""
-        if any(ordinal != place.ordinal for ordinal, _ in places):
-            return "the ranks' signal areas are in different segments"
-        own = self._windows.peer_addresses(self._area) or []
-        if not own or None in own:
+    def _find_peers(self, places: list[list[int]]) -> str | None:
+        if any(place != places[0] for place in places):
+            return "the ranks' signals are not at the same place of the symmetric pool"
+        addresses = self._windows.peer_addresses(self._area) or []
+        if not addresses or None in addresses:
             return "not every rank is within reach of every other one"
-        self.deltas = self._spacing(own)
-        for rank, (_, offset) in enumerate(places):
-            alias = (own[self._rank] or 0) - place.offset + offset
-            self._signals.append(alias + self.deltas[rank] if rank != self._rank else self._area)
+        self.deltas = self._spacing(addresses)
+        steps = {after - before for before, after in pairwise(self.deltas)}
+        self.stride = steps.pop() if len(steps) == 1 else 0
         return None
 
     def _spacing(self, addresses: Sequence[int | None]) -> list[int]:

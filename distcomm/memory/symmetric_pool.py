@@ -77,6 +77,7 @@ class SymmetricPool:
         heap: the segments and windows.
         routing: which threads allocate here.
         frozen: whether `freeze()` was called.
+        signal_page_bytes, signals_used: memory for groups' signals, and how much of it is taken.
 
     Raises:
         NativeLibraryError: this libnccl has no windows.
@@ -94,7 +95,8 @@ class SymmetricPool:
         self._groups: list[GroupWindows] = []
         self.frozen = False
         self._signal_page = 0
-        self._signals_used = 0
+        self.signal_page_bytes = 0
+        self.signals_used = 0
         self._warned_frozen = False
         self._warned_not_mapped = False
         self._closed = False
@@ -223,21 +225,28 @@ class SymmetricPool:
         if windows in self._groups:
             self._groups.remove(windows)
 
-    def take_signals(self, num_bytes: int) -> int:
-        """The address of memory for a group's signals, for good; 0 if there is no more.
+    def cut_signal_page(self, num_bytes: int = 0) -> None:
+        """Keeps memory for the signals and mailboxes of groups to come; only the first time.
 
-        From a page that all ranks have cut alike, so that groups of some ranks only leave the
-        others' memory where theirs is.
+        To be called on all ranks alike. Groups of some ranks only then take theirs from it, and
+        leave the others' memory where it is.
         """
-        if not self._signal_page:
-            self._signal_page = self.heap.alloc(_SIGNAL_PAGE_BYTES)
-            if not self._signal_page:
-                self.heap.take_failure()
-                return 0
-        start = self._signals_used
-        if start + num_bytes > _SIGNAL_PAGE_BYTES:
-            return 0
-        self._signals_used += num_bytes + -num_bytes % _SIGNAL_ALIGNMENT
+        if self._signal_page:
+            return
+        size = max(_SIGNAL_PAGE_BYTES, num_bytes)
+        self._signal_page = self.heap.alloc(size)
+        if self._signal_page:
+            self.signal_page_bytes = size
+        else:
+            self.heap.take_failure()
+
+    def claim_signals(self, start: int, num_bytes: int) -> int:
+        """The address of memory for a group's signals, for good.
+
+        Args:
+            start: where in the page: at least `signals_used`, of all ranks of the group the most.
+        """
+        self.signals_used = start + num_bytes + -num_bytes % _SIGNAL_ALIGNMENT
         return self._signal_page + start
 
     @property

@@ -165,7 +165,8 @@ NO_CONTEXTS = {"contexts": 0, "inactive": {}, "windows": 0}
 def count_calls(state: ParallelState) -> dict[str, Any]:
     group = state.create_group("counted", range(state.world_size))
     shared = state.world.stats()
-    assert group.stats() == {"ops": {}, "fallbacks": {}, "symmetric_memory": NO_CONTEXTS}
+    nothing = {"ops": {}, "fallbacks": {}, "algorithms": None, "symmetric_memory": NO_CONTEXTS}
+    assert group.stats() == nothing
     for _ in range(3):
         group.all_reduce(torch.ones(4))
     group.all_reduce(torch.ones(2, 2, dtype=torch.float64))
@@ -185,6 +186,7 @@ def test_calls_and_bytes_are_counted_by_op_and_backend(job: Job):
                 "broadcast": {"gloo": {"calls": 1, "bytes": 0}},
             },
             "fallbacks": {},
+            "algorithms": None,
             "symmetric_memory": NO_CONTEXTS,
         }
 
@@ -210,8 +212,10 @@ def fall_back_and_return(state: ParallelState) -> tuple[dict[str, Any], list[str
     """A group of a CUDA job whose PyNCCL is disabled for two calls, without any CUDA."""
     group = state.cp.cpu_group
     pynccl = SimpleNamespace(enabled=True)
-    communicators = SimpleNamespace(pynccl=pynccl, cpu_group=group, device_group=group)
-    job = SimpleNamespace(device=torch.device("cuda", 0))
+    communicators = SimpleNamespace(
+        pynccl=pynccl, cpu_group=group, device_group=group, kernels=None
+    )
+    job = SimpleNamespace(device=torch.device("cuda", 0), deterministic=False)
     router = Router(state.cp.member, communicators, job)
     warnings: list[str] = []
     handler = logging.Handler()

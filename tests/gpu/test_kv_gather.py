@@ -311,11 +311,13 @@ def captured_beside(rank: int, world: int, url: str) -> None:
             del graph, handle, result, beside
 
 
-def capture_error(group: GroupCoordinator, plan: ContextParallelPlan, x: torch.Tensor) -> str:
+def capture_error(
+    group: GroupCoordinator, plan: ContextParallelPlan, x: torch.Tensor, out: torch.Tensor
+) -> str:
     try:
         with group.graph_capture() as c:
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=c.stream):
-                all_gather_kv(group, plan, x, method="kernel")
+                all_gather_kv(group, plan, x, out=out, method="kernel")
     except DistcommError as error:
         return str(error)
     return "none"
@@ -323,14 +325,16 @@ def capture_error(group: GroupCoordinator, plan: ContextParallelPlan, x: torch.T
 
 def capture_unprepared(rank: int, world: int, url: str) -> None:
     """A first call in a capture is an error that says so, and the next capture works."""
-    with kv_job(rank, world, url) as state:
+    with kv_job(rank, world, url, symmetric_reserve=0) as state:
         group, plan = state.cp, ContextParallelPlan([64], world)
         tokens = torch.arange(64.0, device=state.device)
         x = plan.shard(tokens, rank)
-        assert "can't be captured" in capture_error(group, plan, x)
+        with group.symmetric_memory():
+            out = torch.empty_like(tokens)
+        assert "can't be captured" in capture_error(group, plan, x, out)
         assert torch.equal(all_gather_kv(group, plan, x, method="kernel"), tokens)
         other = ContextParallelPlan([64], world)
-        assert "call prepare(group)" in capture_error(group, other, x)
+        assert "call prepare(group)" in capture_error(group, other, x, out)
         other.prepare(group)
         graph = torch.cuda.CUDAGraph()
         with group.graph_capture() as c, torch.cuda.graph(graph, stream=c.stream):
