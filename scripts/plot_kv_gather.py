@@ -15,6 +15,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 REFERENCE = "pad-gather-cat, symmetric"
 WAYS = {  # name in the result -> label, colour, marker
@@ -38,7 +39,7 @@ def main() -> None:
     figure.savefig(options.figure, metadata={"Date": None})
 
 
-def draw(result: dict[str, Any]) -> plt.Figure:
+def draw(result: dict[str, Any]) -> Figure:
     rows, conditions = result["gather_us"], result["conditions"]
     tokens = [row["tokens"] for row in rows]
     figure, (times, ratios) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")

@@ -1,7 +1,19 @@
 """Command line of the benchmarks.
 
-``host``, ``kv_gather`` and ``symmetric`` run under torchrun, one process a GPU; ``register`` in one
-process with a GPU; ``layout`` anywhere.
+Under torchrun, one process a GPU:
+
+  all_reduce, all_gather, reduce_scatter  by all our algorithms, NCCL and torch, at all sizes
+  all_reduce_rms_norm                     fused, and one after another
+  decode_step a decoder's step, all its matrix products and all that it communicates
+  host        CPU cost of a call
+  kv_gather   KV gathers of context parallelism
+  symmetric   contexts, and NCCL's all-reduces on their tensors
+  tune        makes a table of algorithms, as init_distributed(tune=) takes it
+
+In one process:
+
+  layout      time to find a rank's groups
+  register    cost of finding nothing to register; needs a GPU
 """
 
 from __future__ import annotations
@@ -9,35 +21,61 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import env
+from ..errors import ArgumentError
+from ..memory import parse_num_bytes
 from ..parallel_state import init_distributed
+from .collectives import OPS, format_collective, run_collective
 from .conditions import write_result
+from .decode_step import format_decode_step, run_decode_step
 from .host import format_host, run_host
 from .kv_gather import format_kv_gather, run_kv_gather
 from .layout import format_layout, run_layout
+from .plot import plot_collective
 from .register import format_register, run_register
+from .rms_norm import format_rms_norm, run_rms_norm
 from .symmetric import format_symmetric, run_symmetric
+from .tune import format_tune, run_tune
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m distcomm.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m distcomm.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "benchmark",
-        choices=["host", "kv_gather", "layout", "register", "symmetric"],
-        help="host: CPU cost of a call; kv_gather: KV gathers of context parallelism; layout: time "
-        "to find a rank's groups; register: cost of finding nothing to register; symmetric: "
-        "contexts, and all-reduces on their tensors",
+        choices=sorted(["layout", *_ON_GPUS]),
+        help="see above",
     )
     parser.add_argument("--json", type=Path, help="write the result to this file")
+    of_collectives = parser.add_argument_group(", ".join(OPS))
+    of_collectives.add_argument(
+        "--sizes",
+        type=_sizes,
+        help="bytes of the whole, such as 1KiB,64KiB,1MiB (default: 1KiB to 256MiB)",
+    )
+    of_collectives.add_argument("--dtype", choices=sorted(_DTYPES), help="(default: bfloat16)")
+    of_collectives.add_argument("--plot", type=Path, help="draw a figure, .png or .svg")
     options = parser.parse_args()
+    if options.benchmark not in OPS and (options.sizes or options.dtype or options.plot):
+        parser.error(f"--sizes, --dtype and --plot are of {', '.join(OPS)}")
     if options.benchmark == "layout":
         result = run_layout()
         _report(options, result, format_layout(result))
         return
     run, table = _ON_GPUS[options.benchmark]
+    if options.sizes:
+        run = partial(run, sizes=options.sizes)
+    if options.dtype:
+        run = partial(run, dtype=_DTYPES[options.dtype])
     # A process that torchrun hasn't started is a job of its own.
     with tempfile.TemporaryDirectory() as folder:
         alone = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
@@ -45,11 +83,18 @@ def main() -> None:
         place: dict[str, Any] = {} if world_size else alone
         reserve = _RESERVES.get(options.benchmark, "auto")
         with init_distributed(
-            tp=world_size or 1, device="cuda", symmetric_reserve=reserve, timeout=60, **place
+            tp=world_size or 1,
+            device="cuda",
+            symmetric_reserve=reserve,
+            tune="nccl" if options.benchmark in _OF_NCCL else "shipped",
+            timeout=60,
+            **place,
         ) as state:
             result = run(state)
             if state.rank == 0:
                 _report(options, result, table(result))
+                if options.plot is not None:
+                    plot_collective(result, options.plot)
 
 
 _ON_GPUS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
@@ -57,11 +102,26 @@ _ON_GPUS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any
     "kv_gather": (run_kv_gather, format_kv_gather),
     "register": (run_register, format_register),
     "symmetric": (run_symmetric, format_symmetric),
+    "all_reduce_rms_norm": (run_rms_norm, format_rms_norm),
+    "decode_step": (run_decode_step, format_decode_step),
+    "tune": (run_tune, format_tune),
+    **{op: (partial(run_collective, op), format_collective) for op in OPS},
 }
+_OF_NCCL = ("host", "symmetric")
 
 
 # Captured calls can't make room for their outputs.
-_RESERVES = {"kv_gather": "8GiB"}
+_RESERVES = {"kv_gather": "8GiB", **dict.fromkeys((*OPS, "tune"), "2GiB")}
+
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(parse_num_bytes("--sizes", size.strip(), "bench") for size in text.split(","))
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _report(options: argparse.Namespace, result: dict[str, Any], table: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from ..parallel_state import ParallelState
 
-__all__ = ["conditions", "write_result"]
+__all__ = ["conditions", "links_gb_s", "write_result"]
 
 
 def conditions(state: ParallelState) -> dict[str, Any]:
@@ -25,7 +27,42 @@ def conditions(state: ParallelState) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "nccl": None if nccl is None else nccl.version_text,
+        **_of_driver(str(torch.cuda.get_device_properties(state.device).uuid)),
     }
+
+
+def _of_driver(uuid: str) -> dict[str, Any]:
+    """The driver's version, clocks in MHz, and what the GPU's links carry in one direction; None
+    for what nvidia-smi doesn't tell."""
+    gpu = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.max.memory"
+    query = _nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={gpu}")
+    driver, *clocks = [*query.strip().split(", "), *[""] * 4][:4]
+    names = ("sm_clock_mhz", "max_sm_clock_mhz", "max_memory_clock_mhz")
+    return {
+        "driver": driver or None,
+        **{
+            name: int(mhz) if mhz.isdigit() else None
+            for name, mhz in zip(names, clocks, strict=True)
+        },
+        "links_gb_s": links_gb_s(_nvidia_smi("nvlink", "--status", f"--id={gpu}")),
+    }
+
+
+def links_gb_s(status: str) -> float | None:
+    """The sum over the links that ``nvidia-smi nvlink --status`` lists; None for none."""
+    links = re.findall(r"Link \d+: ([\d.]+) GB/s", status)
+    return round(sum(map(float, links)), 1) if links else None
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What it prints; nothing if it can't be run."""
+    try:
+        return subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def write_result(path: Path, benchmark: str, result: dict[str, Any]) -> None:
