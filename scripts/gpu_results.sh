@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Makes the files of docs/results that need GPUs: benchmarks on four GPUs, and the GPU suite on
-# four, two and one. Fewer GPUs give less; more than four run the suite's tests side by side.
+# Makes the files of docs/results that need GPUs: benchmarks on four GPUs and on two, and the GPU
+# suite on four, two and one. Fewer GPUs give less; more than four run the suite's tests side by
+# side. Each part takes up to ten minutes.
 #
-#   scripts/gpu_results.sh FOLDER
+#   scripts/gpu_results.sh FOLDER [benches|tables|suites ...]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "${1:?a folder for the results}")
+shift
+parts=("$@")
+[[ $# -gt 0 ]] || parts=(benches suites)
 mkdir -p "$folder"
 machine=$(nvidia-smi --list-gpus | wc -l)
 gpus=$((machine < 4 ? machine : 4))
@@ -29,15 +33,36 @@ suite() { # GPUs that a test may use; as many tests at a time as the machine has
   grep -hE '^(FAILED|ERROR)|^E   [A-Za-z]' "$result" | cut -c 1-300 | head -n 60
 }
 
+bench() { # GPUs, benchmark, more options
+  local gpus=$1 name=$2
+  shift 2
+  CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((gpus - 1))) timeout 200 \
+    make bench BENCH="$name" ARGS="--json $folder/$name-${gpus}xh200.json $*" || failed=1
+}
+
 make build > "$folder/build.log" 2>&1 || { cat "$folder/build.log"; exit 1; }
-PYTHONPATH=. timeout 60 python3 -m distcomm.bench register --json "$folder/register-h200.json" \
-  || failed=1
-if [[ $gpus -gt 1 ]]; then
-  for bench in symmetric kv_gather host; do
-    timeout 90 make bench BENCH=$bench ARGS="--json $folder/$bench-${gpus}xh200.json" || failed=1
-  done
-fi
-[[ $gpus -gt 2 ]] && suite "$gpus"
-[[ $gpus -gt 1 ]] && suite 2
-suite 1
+for part in "${parts[@]}"; do
+  case $part in
+    benches)
+      PYTHONPATH=. timeout 60 python3 -m distcomm.bench register \
+        --json "$folder/register-h200.json" || failed=1
+      [[ $gpus -gt 1 ]] || continue
+      for name in symmetric kv_gather host all_gather reduce_scatter all_reduce_rms_norm \
+        decode_step; do
+        bench "$gpus" $name
+      done
+      bench "$gpus" all_reduce --plot "$folder/all_reduce.png"
+      [[ $gpus -eq 2 ]] || bench 2 all_reduce
+      ;;
+    tables) # for distcomm/tables
+      [[ $gpus -gt 1 ]] && bench "$gpus" tune
+      [[ $gpus -gt 2 ]] && bench 2 tune
+      ;;
+    suites)
+      [[ $gpus -gt 2 ]] && suite "$gpus"
+      [[ $gpus -gt 1 ]] && suite 2
+      suite 1
+      ;;
+  esac
+done
 exit $failed

@@ -48,11 +48,28 @@ def run_context_parallel_example(state: ParallelState, example: str) -> None:
     assert torch.equal(names["cache"][names["slots"]], expected)
 
 
-def test_context_parallel_example(job: Job) -> None:
-    section = README.split("## Context parallelism")[1]
+def run_fast_collectives_example(state: ParallelState, example: str) -> None:
+    tp = state.world
+    names: dict[str, Any] = {"torch": torch, "state": state, "tp": tp}
+    exec(compile(example, "README.md", "exec"), names)
+    assert (names["total"] == tp.world_size).all()
+    assert (names["residual"] == tp.world_size).all()
+    assert (names["h"] == 1).all()
+
+
+def example_of(title: str) -> str:
+    section = README.split(f"## {title}")[1]
     example = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert example is not None
-    job.run(run_context_parallel_example, example[1])
+    return example[1]
+
+
+def test_context_parallel_example(job: Job) -> None:
+    job.run(run_context_parallel_example, example_of("Context parallelism"))
+
+
+def test_fast_collectives_example(job: Job) -> None:
+    job.run(run_fast_collectives_example, example_of("Fast collectives"))
 
 
 def test_every_environment_variable_is_listed() -> None:

@@ -32,6 +32,17 @@ def run_symmetric(rank: int, world: int, method: str, example: str) -> None:
         assert state.tp.is_symmetric(z)
 
 
+def run_fast_collectives(rank: int, world: int, method: str, example: str) -> None:
+    with start(rank, world, method, tune="shipped") as state:
+        names = {"torch": torch, "state": state, "tp": state.tp}
+        exec(compile(example, "README.md", "exec"), names)
+        assert (names["total"] == world).all()
+        assert (names["residual"] == world).all()
+        assert (names["h"] == 1).all()
+        assert "pynccl" not in state.tp.stats()["ops"]["all_reduce"]
+        assert "unfused" not in state.tp.stats()["ops"]["all_reduce_rms_norm"]
+
+
 def run_context_parallel(rank: int, world: int, method: str, example: str) -> None:
     with start(rank, world, method, cp=world) as state:
         names = {"torch": torch, "state": state}
@@ -48,6 +59,11 @@ def run_context_parallel(rank: int, world: int, method: str, example: str) -> No
 def test_symmetric_memory_example(gpus: WorkerPool, most_ranks: int) -> None:
     example = example_of("Symmetric memory")
     gpus.run(run_symmetric, fresh_init_method(), example, ranks=most_ranks)
+
+
+def test_fast_collectives_example(gpus: WorkerPool, most_ranks: int) -> None:
+    example = example_of("Fast collectives")
+    gpus.run(run_fast_collectives, fresh_init_method(), example, ranks=most_ranks)
 
 
 def test_context_parallel_example(gpus: WorkerPool, most_ranks: int) -> None:
