@@ -189,6 +189,46 @@ def methods_take_turns(rank: int, world: int, url: str) -> None:
         assert_signals_at_rest(group)
 
 
+def streams_of_one_group(rank: int, world: int, url: str) -> None:
+    """Calls on streams that nothing else orders run one after another."""
+    with kv_job(rank, world, url) as state:
+        group, plan = state.cp, ContextParallelPlan([700, 33], world)
+        tokens = torch.arange(733.0, device=state.device)[:, None].repeat(1, 128)
+        streams = torch.cuda.Stream(), torch.cuda.Stream()
+        wrong = torch.zeros(2, dtype=torch.int64, device=state.device)
+        with group.symmetric_memory():
+            outs = [torch.full_like(tokens, POISON) for _ in streams]
+        mine = [plan.shard(tokens, rank) for _ in streams]
+        shards = mine[0].clone()
+        plan.prepare(group)
+        torch.cuda.synchronize()
+        for trial in range(40):
+            for number, stream in enumerate(streams):
+                value = 10 * trial + number
+                with torch.cuda.stream(stream):
+                    late(group, trial + number)  # one rank here, another one on the other stream
+                    torch.add(shards, value, out=mine[number])
+                    method = DIRECT[trial // 2 % 2]
+                    all_gather_kv(group, plan, mine[number], out=outs[number], method=method)
+                    wrong[number] += (outs[number] != tokens + value).sum()
+        torch.cuda.synchronize()
+        assert wrong.tolist() == [0, 0]
+        assert_signals_at_rest(group)
+
+
+def index_tensors_on_another_stream(rank: int, world: int, url: str) -> None:
+    """What one stream makes late, another one waits for."""
+    with kv_job(rank, world, url) as state:
+        for trial in range(5):
+            plan = ContextParallelPlan([3000 + trial, 77], world)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda._sleep(DELAY_CYCLES)
+                plan.token_indices(rank, state.device)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                copy = plan.token_indices(rank, state.device).clone()
+                assert torch.equal(copy.cpu(), plan.token_indices(rank))
+
+
 def two_groups_at_once(rank: int, world: int, url: str) -> None:
     with kv_job(rank, world, url) as state:
         other = state.create_group("reversed", list(reversed(range(world))))
@@ -437,6 +477,8 @@ def unsymmetric_outputs(rank: int, world: int, url: str) -> None:
 EVERY_WORLD = (random_batches, caches, beside_the_caller, captured, two_groups_at_once)
 MOST_RANKS = (
     methods_take_turns,
+    streams_of_one_group,
+    index_tensors_on_another_stream,
     own_rows_beside,
     pipelined,
     captured_beside,
