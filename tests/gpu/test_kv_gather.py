@@ -20,6 +20,7 @@ from distcomm import (
     GroupCoordinator,
     ParallelState,
     PipelinedKvGather,
+    SymmetricMismatchError,
     all_gather_kv,
     all_gather_kv_into_cache,
 )
@@ -351,6 +352,62 @@ def captured_beside(rank: int, world: int, url: str) -> None:
             del graph, handle, result, beside
 
 
+def captured_without_its_plan(rank: int, world: int, url: str) -> None:
+    """A graph goes on when the plan that it was captured with is gone."""
+    with kv_job(rank, world, url) as state:
+        group, tokens = state.cp, torch.arange(900.0, device=state.device)[:, None].repeat(1, 64)
+        for method in ("collective", "kernel"):
+            plan = ContextParallelPlan([890, 10], world)
+            x = plan.shard(tokens, rank)
+            all_gather_kv(group, plan, x, method=method)
+            sizes = {plan.token_indices(rank).nbytes, plan.token_order().nbytes}
+            graph = torch.cuda.CUDAGraph()
+            with group.graph_capture() as c, torch.cuda.graph(graph, stream=c.stream):
+                result = all_gather_kv(group, plan, x, method=method)
+            del plan
+            torch.cuda.synchronize()
+            # What would take the place of its index tensors skips every row.
+            others = [torch.full((size // 8,), -1, device=state.device) for size in sizes] * 8
+            result.fill_(POISON)
+            graph.replay()
+            assert torch.equal(result, tokens), method
+            del graph, result, others
+
+
+def in_a_symmetric_context(rank: int, world: int, url: str) -> None:
+    """What differs between ranks in size isn't symmetric, so that what follows lies alike."""
+    with kv_job(rank, world, url) as state:
+        group = state.cp
+        for trial in range(6):
+            plan = ContextParallelPlan([1] * 40 + [100 + trial], world)  # rank 0 has 40 tokens more
+            tokens = torch.arange(float(plan.num_tokens), device=state.device)
+            shard = plan.shard(tokens, rank)[:, None].expand(-1, 4096)  # no row is in one piece
+            with group.symmetric_memory():
+                result = all_gather_kv(group, plan, shard, method=METHODS[trial % len(METHODS)])
+                after = torch.empty(1 << 20, device=state.device)
+            assert torch.equal(result, tokens[:, None].expand(-1, 4096))
+            places = group.all_gather_object(group.placement(after))
+            assert places == [places[0]] * world, trial
+            assert places[0] is not None
+
+
+def unsymmetric_later_on(rank: int, world: int, url: str) -> None:
+    """Where buffers are compared before every call, those of a known plan are, too."""
+    with kv_job(rank, world, url, verify_symmetric=True) as state:
+        group, plan = state.cp, ContextParallelPlan([64], world)
+        tokens = torch.arange(64.0, device=state.device)
+        x = plan.shard(tokens, rank)
+        with group.symmetric_memory():
+            buffers = [torch.full_like(tokens, POISON) for _ in range(2)]
+        for method in DIRECT:
+            all_gather_kv(group, plan, x, out=buffers[0], method=method)
+            with pytest.raises(SymmetricMismatchError):
+                all_gather_kv(group, plan, x, out=buffers[rank == 1], method=method)
+            torch.cuda.synchronize()
+            assert torch.equal(buffers[0], tokens)
+            assert (buffers[1] == POISON).all()
+
+
 def capture_error(
     group: GroupCoordinator, plan: ContextParallelPlan, x: torch.Tensor, out: torch.Tensor
 ) -> str:
@@ -482,6 +539,9 @@ MOST_RANKS = (
     own_rows_beside,
     pipelined,
     captured_beside,
+    captured_without_its_plan,
+    in_a_symmetric_context,
+    unsymmetric_later_on,
     capture_unprepared,
     memory,
     frozen,
