@@ -8,6 +8,7 @@ Shapes: T tokens, H hidden size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,28 +21,41 @@ from .mailbox import DTYPES
 from .ptx import load_vectors, store_vectors
 from .vectors import VECTOR_BYTES, pack, unpack
 
-__all__ = ["NormedRows", "load_row", "norm_row"]
+__all__ = [
+    "NormedRows",
+    "Shares",
+    "add_residual",
+    "add_shares",
+    "load_share",
+    "scale_of",
+    "share_vectors",
+    "shares_of",
+    "store_scaled",
+    "store_share",
+    "sum_each",
+]
 
-_MOST_THREADS = 512  # more are no faster, as one multiprocessor moves no more bytes for them
+_MOST_THREADS = 512
 
 
 @triton.jit
-def load_row(address: tl.tensor, ROW_VECTORS: tl.constexpr, THREADS: tl.constexpr,
-             PARTS: tl.constexpr) -> Any:  # fmt: skip
-    """The words of a row, PARTS vectors a thread: vector p * THREADS + t is thread t's."""
+def share_vectors(share: tl.tensor, part: tl.constexpr, SHARE: tl.constexpr,
+                  ROW_VECTORS: tl.constexpr, THREADS: tl.constexpr) -> Any:  # fmt: skip
+    """Of a row's vectors, those of a part of a share, one a thread, and which of them there are."""
+    in_share = part * THREADS + tl.arange(0, THREADS)
+    vector = share * SHARE + in_share
+    return vector, (in_share < SHARE) & (vector < ROW_VECTORS)
+
+
+@triton.jit
+def load_share(address: tl.tensor, share: tl.tensor, PARTS: tl.constexpr, SHARE: tl.constexpr,
+               ROW_VECTORS: tl.constexpr, THREADS: tl.constexpr) -> Any:  # fmt: skip
+    """The words of a share of the row at `address`, four for each part."""
     words = ()
     for part in tl.static_range(PARTS):
-        vector = part * THREADS + tl.arange(0, THREADS)
-        a, b, c, d = load_vectors(address + vector * 16, vector < ROW_VECTORS)
-        words = words + (a, b, c, d)  # type: ignore[assignment]
+        vector, active = share_vectors(share, part, SHARE, ROW_VECTORS, THREADS)
+        words = words + load_vectors(address + vector * 16, active)
     return words
-
-
-@triton.jit
-def _add(word: tl.tensor, more: tl.tensor, DTYPE: tl.constexpr) -> Any:
-    low, high = unpack(word, DTYPE)
-    more_low, more_high = unpack(more, DTYPE)
-    return low + more_low, high + more_high
 
 
 @triton.jit
@@ -50,6 +64,91 @@ def _squares(low: tl.tensor, high: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     if tl.float32 != DTYPE:
         total += high * high
     return total
+
+
+@triton.jit
+def add_residual(sums: tl.tuple, old: tl.tuple, share: tl.tensor,
+                 DTYPE: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr,
+                 ROW_VECTORS: tl.constexpr, THREADS: tl.constexpr,
+                 HAS_RESIDUAL: tl.constexpr) -> Any:  # fmt: skip
+    """A share of a row of sums with that of the residual, if there is one.
+
+    Args:
+        sums: the words of the share's sums, rounded to DTYPE.
+        old: of the residual's.
+
+    Returns:
+        Of each word the element at the lower address in fp32, and the other one; and of each
+        thread the sum of its elements' squares.
+    """
+    squares = tl.zeros((THREADS,), tl.float32)
+    lows = ()
+    highs = ()
+    for part in tl.static_range(PARTS):
+        _, active = share_vectors(share, part, SHARE, ROW_VECTORS, THREADS)
+        for word in tl.static_range(4 * part, 4 * part + 4):
+            low, high = unpack(sums[word], DTYPE)
+            if HAS_RESIDUAL:
+                more_low, more_high = unpack(old[word], DTYPE)
+                low += more_low
+                high += more_high
+            squares += tl.where(active, _squares(low, high, DTYPE), 0.0)
+            lows = lows + (low,)  # type: ignore[assignment]
+            highs = highs + (high,)  # type: ignore[assignment]
+    return lows, highs, squares
+
+
+@triton.jit
+def store_share(lows: tl.tuple, highs: tl.tuple, address: tl.tensor, share: tl.tensor,
+                DTYPE: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr,
+                ROW_VECTORS: tl.constexpr, THREADS: tl.constexpr) -> None:  # fmt: skip
+    """A share of the row at `address`, rounded."""
+    for part in tl.static_range(PARTS):
+        vector, active = share_vectors(share, part, SHARE, ROW_VECTORS, THREADS)
+        words = ()
+        for word in tl.static_range(4 * part, 4 * part + 4):
+            words = words + (pack(lows[word], highs[word], DTYPE),)  # type: ignore[assignment]
+        a, b, c, d = words  # type: ignore[misc]
+        store_vectors(address + vector * 16, a, b, c, d, active)
+
+
+@triton.jit
+def _add_four(a, b, c, d, more_a, more_b, more_c, more_d):  # type: ignore[no-untyped-def]
+    return a + more_a, b + more_b, c + more_c, d + more_d
+
+
+@triton.jit
+def sum_each(squares: tl.tuple, W: tl.constexpr, THREADS: tl.constexpr) -> Any:
+    """The sums of W tensors, each as `tl.sum` adds it up.
+
+    Four at a time, as a sum waits for all threads of the block.
+    """
+    totals = ()
+    for first in tl.static_range(0, W, 4):
+        four = ()
+        for share in tl.static_range(first, first + 4):
+            if share < W:
+                four = four + (squares[share],)  # type: ignore[assignment]
+            else:
+                four = four + (tl.zeros((THREADS,), tl.float32),)  # type: ignore[assignment]
+        totals = totals + tl.reduce(four, 0, _add_four)
+    return totals
+
+
+@triton.jit
+def add_shares(totals: tl.tuple, W: tl.constexpr) -> tl.tensor:
+    """Adds up the sums of W shares, at most 8, in the order in which `tl.sum` adds up the first
+    threads of a warp."""
+    s = ()
+    for share in tl.static_range(8):
+        s = s + ((totals[share],) if share < W else (0.0,))
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]))  # type: ignore[misc]
+
+
+@triton.jit
+def scale_of(total: tl.tensor, eps: tl.tensor, ROW_ELEMENTS: tl.constexpr) -> tl.tensor:
+    """One over the root mean square of a row, of whose elements' squares this is the sum."""
+    return 1.0 / tl.sqrt(total / ROW_ELEMENTS + eps)
 
 
 @triton.jit
@@ -62,74 +161,48 @@ def _scaled(low: tl.tensor, high: tl.tensor, weight: tl.tensor, scale: tl.tensor
 
 
 @triton.jit
-def norm_row(sums: tl.tuple, old: tl.tuple, weights: tl.tuple,
-             new_residual: tl.tensor, normed: tl.tensor, eps: tl.tensor, weight_bias: tl.tensor,
-             DTYPE: tl.constexpr, ROW_VECTORS: tl.constexpr, ROW_ELEMENTS: tl.constexpr,
-             THREADS: tl.constexpr, PARTS: tl.constexpr,
-             HAS_RESIDUAL: tl.constexpr) -> None:  # fmt: skip
-    """A row of sums, with the residual's, divided by their root mean square and weighted.
-
-    Args:
-        sums: the words of the row, rounded to DTYPE.
-        old: of the residual's row, if there is one.
-        weights: of the weights.
-        new_residual, normed: addresses of the row's results.
-    """
-    squares = tl.zeros((THREADS,), tl.float32)
-    lows = ()
-    highs = ()
+def store_scaled(lows: tl.tuple, highs: tl.tuple, weights: tl.tuple, scale: tl.tensor,
+                 weight_bias: tl.tensor, normed: tl.tensor, share: tl.tensor,
+                 DTYPE: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr,
+                 ROW_VECTORS: tl.constexpr, THREADS: tl.constexpr) -> None:  # fmt: skip
+    """Stores a share of the row at `normed`: what `add_residual` returned, scaled and weighted."""
     for part in tl.static_range(PARTS):
-        vector = part * THREADS + tl.arange(0, THREADS)
-        active = vector < ROW_VECTORS
+        vector, active = share_vectors(share, part, SHARE, ROW_VECTORS, THREADS)
+        words = ()
         for word in tl.static_range(4 * part, 4 * part + 4):
-            if HAS_RESIDUAL:
-                low, high = _add(sums[word], old[word], DTYPE)
-            else:
-                low, high = unpack(sums[word], DTYPE)
-            squares += tl.where(active, _squares(low, high, DTYPE), 0.0)
-            lows = lows + (low,)  # type: ignore[assignment]
-            highs = highs + (high,)  # type: ignore[assignment]
-        if HAS_RESIDUAL:
-            store_vectors(
-                new_residual + vector * 16,
-                pack(lows[4 * part], highs[4 * part], DTYPE),
-                pack(lows[4 * part + 1], highs[4 * part + 1], DTYPE),
-                pack(lows[4 * part + 2], highs[4 * part + 2], DTYPE),
-                pack(lows[4 * part + 3], highs[4 * part + 3], DTYPE),
-                active,
-            )
-    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / ROW_ELEMENTS + eps)
-    for part in tl.static_range(PARTS):
-        vector = part * THREADS + tl.arange(0, THREADS)
-        store_vectors(
-            normed + vector * 16,
-            _scaled(lows[4 * part], highs[4 * part], weights[4 * part], scale, weight_bias, DTYPE),
-            _scaled(
-                lows[4 * part + 1],
-                highs[4 * part + 1],
-                weights[4 * part + 1],
-                scale,
-                weight_bias,
-                DTYPE,
-            ),
-            _scaled(
-                lows[4 * part + 2],
-                highs[4 * part + 2],
-                weights[4 * part + 2],
-                scale,
-                weight_bias,
-                DTYPE,
-            ),
-            _scaled(
-                lows[4 * part + 3],
-                highs[4 * part + 3],
-                weights[4 * part + 3],
-                scale,
-                weight_bias,
-                DTYPE,
-            ),
-            vector < ROW_VECTORS,
-        )
+            scaled = _scaled(lows[word], highs[word], weights[word], scale, weight_bias, DTYPE)
+            words = words + (scaled,)  # type: ignore[assignment]
+        a, b, c, d = words  # type: ignore[misc]
+        store_vectors(normed + vector * 16, a, b, c, d, active)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a row is dealt out, one share for each rank: the same in all kernels, and for any number
+    of rows, so that sums have the same bits.
+
+    Attributes:
+        vectors: of a share; the last one may have fewer, or none.
+        threads: of a block.
+        parts: vectors of a share that a thread has.
+    """
+
+    vectors: int
+    threads: int
+    parts: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a share."""
+        return self.vectors * VECTOR_BYTES
+
+
+@functools.cache
+def shares_of(row_vectors: int, world_size: int) -> Shares:
+    """The shares of a row."""
+    vectors = -(-row_vectors // world_size)
+    threads = max(32, min(_MOST_THREADS, int(triton.next_power_of_2(vectors))))
+    return Shares(vectors, threads, parts=-(-vectors // threads))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +231,6 @@ class NormedRows:
     def row_vectors(self) -> int:
         """Vectors of a row."""
         return self.x.shape[-1] * self.x.itemsize // VECTOR_BYTES
-
-    @property
-    def threads(self) -> int:
-        """Of a block, for a row: the same in all kernels, so that sums have the same bits."""
-        return max(32, min(_MOST_THREADS, int(triton.next_power_of_2(self.row_vectors))))
 
     def addresses(self) -> tuple[int, int, int, int, int]:
         """Of x, weight, residual, normed and new_residual; 0 for none."""

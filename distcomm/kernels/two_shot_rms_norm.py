@@ -28,9 +28,20 @@ from .mailbox import (
     empty_slots,
     slot_bytes,
 )
-from .ptx import poll_vectors, store_vectors
-from .rms_norm import NormedRows, load_row, norm_row
-from .vectors import VECTOR_BYTES, filled, sum_vectors
+from .ptx import load_vectors, poll_vectors, store_vectors
+from .rms_norm import (
+    NormedRows,
+    add_residual,
+    add_shares,
+    load_share,
+    scale_of,
+    share_vectors,
+    shares_of,
+    store_scaled,
+    store_share,
+    sum_each,
+)
+from .vectors import filled, sum_vectors
 
 __all__ = ["most_row_bytes", "two_shot_rms_norm"]
 
@@ -50,12 +61,12 @@ def _two_shot_rms_norm_kernel(
     new_residual: tl.int64, base: tl.int64, stride: tl.int64,
     rank: tl.int32, num_rows: tl.int32, eps: tl.float32, weight_bias: tl.float32,
     W: tl.constexpr, DTYPE: tl.constexpr, ROW_VECTORS: tl.constexpr, ROW_ELEMENTS: tl.constexpr,
-    THREADS: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr, SLOT_BYTES: tl.constexpr,
+    SHARE: tl.constexpr, THREADS: tl.constexpr, PARTS: tl.constexpr, SLOT_BYTES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, OVERLAPS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Rounds and slots as in `two_shot_push`, where a row is a chunk of W shares of SHARE vectors.
+    """Rounds and slots as in `two_shot_push`, where a chunk is a row.
 
-    A vector is sent, added up and collected by the same thread of every rank.
+    A thread has to do with the same vectors of every share, and with no others, on all ranks.
     """
     block = tl.program_id(0)
     num_blocks = tl.num_programs(0)
@@ -64,63 +75,87 @@ def _two_shot_rms_norm_kernel(
         cuda.gdc_launch_dependents()
     turn = tl.load(turns + block)
     own_part = base + block * (W * SLOT_BYTES)
+    thread = tl.arange(0, THREADS)
     num_rounds = (num_rows - block + num_blocks - 1) // num_blocks + 2
     for number in range(num_rounds):
-        begin_round(number, tl.arange(0, THREADS))
+        begin_round(number, thread)
         row = block + number * num_blocks
         if row < num_rows:
-            slots = own_part + (turn + number) % _NUM_TURNS * _TURN_BYTES
-            words = load_row(x + row.to(tl.int64) * (ROW_VECTORS * 16), ROW_VECTORS, THREADS,
-                             PARTS)  # fmt: skip
-            for part in tl.static_range(PARTS):
-                vector = part * THREADS + tl.arange(0, THREADS)
-                owner = vector // SHARE
-                to = slots + rank * SLOT_BYTES + owner * stride + (vector - owner * SHARE) * 16
-                store_vectors(to, filled(words[4 * part]), filled(words[4 * part + 1]),
-                              filled(words[4 * part + 2]), filled(words[4 * part + 3]),
-                              (vector < ROW_VECTORS) & (owner != rank))  # fmt: skip
+            at = x + row.to(tl.int64) * (ROW_VECTORS * 16)
+            to = own_part + (turn + number) % _NUM_TURNS * _TURN_BYTES + rank * SLOT_BYTES
+            for step in tl.static_range(1, W):  # ranks begin with different peers
+                peer = (rank + step) % W
+                for part in tl.static_range(PARTS):
+                    vector, active = share_vectors(peer, part, SHARE, ROW_VECTORS, THREADS)
+                    a, b, c, d = load_vectors(at + vector * 16, active)
+                    in_share = part * THREADS + thread
+                    store_vectors(to + peer * stride + in_share * 16, filled(a), filled(b),
+                                  filled(c), filled(d), in_share < SHARE)  # fmt: skip
         row -= num_blocks
         if (row >= 0) & (row < num_rows):
             slots = own_part + (turn + number + _NUM_TURNS - 1) % _NUM_TURNS * _TURN_BYTES
-            words = load_row(x + row.to(tl.int64) * (ROW_VECTORS * 16), ROW_VECTORS, THREADS,
-                             PARTS)  # fmt: skip
+            own = load_share(x + row.to(tl.int64) * (ROW_VECTORS * 16), rank, PARTS, SHARE,
+                             ROW_VECTORS, THREADS)  # fmt: skip
             for part in tl.static_range(PARTS):
-                vector = part * THREADS + tl.arange(0, THREADS)
-                in_share = vector - rank * SHARE
-                active = (vector < ROW_VECTORS) & (in_share >= 0) & (in_share < SHARE)
+                in_share = part * THREADS + thread
+                sent = in_share < SHARE  # those beyond the row's end are zeros
                 at = slots + rank * stride + in_share * 16
-                each = poll_vectors(at, active, rank, filled(words[4 * part]),
-                                    filled(words[4 * part + 1]), filled(words[4 * part + 2]),
-                                    filled(words[4 * part + 3]), W, SLOT_BYTES,
+                each = poll_vectors(at, sent, rank, filled(own[4 * part]),
+                                    filled(own[4 * part + 1]), filled(own[4 * part + 2]),
+                                    filled(own[4 * part + 3]), W, SLOT_BYTES,
                                     (0, 1, 2, 3))  # fmt: skip
-                empty_slots(at, active, rank, W, SLOT_BYTES)
+                empty_slots(at, sent, rank, W, SLOT_BYTES)
                 a, b, c, d = sum_vectors(each, W, DTYPE)
                 a, b, c, d = filled(a), filled(b), filled(c), filled(d)
                 to = slots + rank * SLOT_BYTES + in_share * 16 + _HALF_BYTES
                 for step in tl.static_range(1, W + 1):
-                    store_vectors(to + (rank + step) % W * stride, a, b, c, d, active)
+                    store_vectors(to + (rank + step) % W * stride, a, b, c, d, sent)
         row -= num_blocks
         if row >= 0:
             slots = own_part + (turn + number + _NUM_TURNS - 2) % _NUM_TURNS * _TURN_BYTES
+            slots += rank * stride + _HALF_BYTES
             at = row.to(tl.int64) * (ROW_VECTORS * 16)
-            old = ()
-            if HAS_RESIDUAL:
-                old = load_row(residual + at, ROW_VECTORS, THREADS, PARTS)
-            weights = load_row(weight, ROW_VECTORS, THREADS, PARTS)
-            zero = tl.zeros((THREADS,), tl.int32)
-            sums = ()
+            olds = ()
+            weights = ()
+            for share in tl.static_range(W):
+                if HAS_RESIDUAL:
+                    old = load_share(residual + at, share, PARTS, SHARE, ROW_VECTORS, THREADS)
+                    olds = olds + (old,)  # type: ignore[assignment]
+                of_share = load_share(weight, share, PARTS, SHARE, ROW_VECTORS, THREADS)
+                weights = weights + (of_share,)  # type: ignore[assignment]
+            words = ()
             for part in tl.static_range(PARTS):
-                vector = part * THREADS + tl.arange(0, THREADS)
-                owner = vector // SHARE
-                slot = slots + rank * stride + owner * SLOT_BYTES + _HALF_BYTES
-                slot += (vector - owner * SHARE) * 16
-                active = vector < ROW_VECTORS
-                a, b, c, d = poll_vectors(slot, active, -1, zero, zero, zero, zero, 1, SLOT_BYTES,
-                                          (0, 1, 2, 3))  # fmt: skip
-                empty_slots(slot, active, -1, 1, SLOT_BYTES)
-                sums = sums + (a, b, c, d)  # type: ignore[assignment]
-            norm_row(sums, old, weights, new_residual + at, normed + at, eps, weight_bias,
-                     DTYPE, ROW_VECTORS, ROW_ELEMENTS, THREADS, PARTS, HAS_RESIDUAL)  # fmt: skip
+                in_share = part * THREADS + thread
+                place = slots + in_share * 16
+                sent = in_share < SHARE
+                words = words + poll_vectors(place, sent, -1, 0, 0, 0, 0, W, SLOT_BYTES,
+                                             (0, 1, 2, 3))  # fmt: skip
+                empty_slots(place, sent, -1, W, SLOT_BYTES)
+            lows = ()
+            highs = ()
+            squares = ()
+            for share in tl.static_range(W):
+                sums = ()
+                for part in tl.static_range(PARTS):
+                    for word in tl.static_range(4):
+                        sums = sums + (words[4 * (part * W + share) + word],)  # type: ignore[assignment]
+                old = ()
+                if HAS_RESIDUAL:
+                    old = olds[share]
+                low, high, square = add_residual(sums, old, share, DTYPE, PARTS, SHARE,
+                                                 ROW_VECTORS, THREADS, HAS_RESIDUAL)  # fmt: skip
+                lows = lows + (low,)  # type: ignore[assignment]
+                highs = highs + (high,)  # type: ignore[assignment]
+                squares = squares + (square,)  # type: ignore[assignment]
+                if HAS_RESIDUAL:
+                    store_share(low, high, new_residual + at, share, DTYPE, PARTS, SHARE,
+                                ROW_VECTORS, THREADS)  # fmt: skip
+            total = add_shares(sum_each(squares, W, THREADS), W)
+            scale = scale_of(total, eps, ROW_ELEMENTS)
+            for share in tl.static_range(W):
+                store_scaled(lows[share], highs[share], weights[share], scale, weight_bias,
+                             normed + at, share, DTYPE, PARTS, SHARE, ROW_VECTORS,
+                             THREADS)  # fmt: skip
     advance(turns, turn + tl.cdiv(num_rows, num_blocks), _MOST_BLOCKS)
 
 
@@ -140,20 +175,20 @@ def two_shot_rms_norm(rows: NormedRows, boxes: Mailboxes) -> None:
     """
     rows.check("two_shot_rms_norm")
     w, num_rows = boxes.world_size, rows.x.shape[0]
-    threads, share = rows.threads, -(-rows.row_vectors // w)
-    if share * VECTOR_BYTES > slot_bytes(w, _BLOCKS[-1]):
+    shares = shares_of(rows.row_vectors, w)
+    if shares.num_bytes > slot_bytes(w, _BLOCKS[-1]):
         requirement = f"of rows of at most {most_row_bytes(w)} bytes"
         raise ArgumentError("x", requirement, list(rows.x.shape), call="two_shot_rms_norm")
-    max_blocks = next(blocks for blocks in _BLOCKS if share * VECTOR_BYTES <= slot_bytes(w, blocks))
+    max_blocks = next(blocks for blocks in _BLOCKS if shares.num_bytes <= slot_bytes(w, blocks))
     _launcher.launch(
         max(1, min(num_rows, max_blocks)),
         (boxes.turns, *rows.addresses(), boxes.base, boxes.stride, boxes.rank, num_rows,
          rows.eps, rows.weight_bias),
-        (w, DTYPES[rows.x.dtype], rows.row_vectors, rows.x.shape[1], threads,
-         -(-rows.row_vectors // threads), share, slot_bytes(w, max_blocks),
-         rows.residual is not None, boxes.overlaps),
+        (w, DTYPES[rows.x.dtype], rows.row_vectors, rows.x.shape[1], shares.vectors,
+         shares.threads, shares.parts, slot_bytes(w, max_blocks), rows.residual is not None,
+         boxes.overlaps),
         types=(),
         device=rows.x.device,
-        num_warps=threads // 32,
+        num_warps=shares.threads // 32,
         launch_pdl=boxes.overlaps,
     )  # fmt: skip

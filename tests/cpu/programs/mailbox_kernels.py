@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
 from distcomm import kernels
@@ -70,11 +71,11 @@ def vector_at(address: int) -> Any:
     return np.ctypeslib.as_array((ctypes.c_int32 * 4).from_address(int(address)))
 
 
-def load_vectors(address: tl.tensor, active: tl.tensor) -> tl.tuple:
+def load_vectors(address: tl.tensor, active: tl.tensor) -> tuple[tl.tensor, ...]:
     found = np.zeros((4, len(numpy_of(address))), np.int32)
     for thread in np.nonzero(numpy_of(active))[0]:
         found[:, thread] = vector_at(numpy_of(address)[thread])
-    return tl.tuple([tensor_of(word) for word in found])
+    return tuple(tensor_of(word) for word in found)
 
 
 def store_vectors(address: tl.tensor, *words_and_active: Any) -> None:
@@ -90,7 +91,9 @@ def store_vectors(address: tl.tensor, *words_and_active: Any) -> None:
         time.sleep(random.random() * 2e-3)  # so that ranks drift apart
 
 
-def poll_vectors(address: tl.tensor, active: tl.tensor, own: Any, *rest: Any) -> tl.tuple:
+def poll_vectors(
+    address: tl.tensor, active: tl.tensor, own: Any, *rest: Any
+) -> tuple[tl.tensor, ...]:
     *words, num_slots, slot_bytes, flags = rest
     num_slots, slot_bytes = integer(num_slots), integer(slot_bytes)
     flags = [integer(flag) for flag in flags]
@@ -106,7 +109,7 @@ def poll_vectors(address: tl.tensor, active: tl.tensor, own: Any, *rest: Any) ->
                     raise TimeoutError(f"slot {slot}, thread {thread}: nothing has arrived")
                 time.sleep(0)
             found[4 * slot : 4 * slot + 4, thread] = place
-    return tl.tuple([tensor_of(word) for word in found])
+    return tuple(tensor_of(word) for word in found)
 
 
 def set_flag(address: tl.tensor, active: tl.tensor, releases: Any) -> None:
@@ -141,6 +144,51 @@ def replace_ptx() -> None:
         for name, function in replacements.items():
             if hasattr(loaded, name):
                 setattr(loaded, name, function)
+
+
+class BlocksAtOnce:
+    """Launches a kernel with a process for each block, as its blocks wait for each other.
+
+    All that they write to has to be shared memory, but for the turns, of which each has its own.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def launch(self, num_blocks: int, arguments: Any, constants: Any, **_: Any) -> None:
+        turns, *others = arguments
+        turns_of = [turns.clone().share_memory_() for _ in range(num_blocks)]
+
+        def run(block: int) -> None:
+            builder = interpreter.interpreter_builder
+            builder.create_get_program_id = lambda axis: scalar_of(block)
+            builder.create_get_num_programs = lambda axis: scalar_of(num_blocks)
+            self.kernel[(1,)](turns_of[block], *others, *constants)
+
+        run_in_processes(run, num_blocks)
+        for block in range(num_blocks):
+            turns[block::num_blocks] = turns_of[block][block::num_blocks]
+
+
+def scalar_of(value: int) -> TensorHandle:
+    return TensorHandle(np.array([value], np.int32), tl.int32)
+
+
+def run_in_processes(run: Callable[[int], None], count: int) -> None:
+    """Runs `run(0)`, ..., `run(count - 1)` at the same time, and waits for all of them."""
+    children = []
+    for number in range(count):
+        child = os.fork()
+        if child == 0:
+            try:
+                run(number)
+            except BaseException:  # noqa: BLE001 - the process ends here, with the reason on stderr
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * count, codes
 
 
 # ---- ranks --------------------------------------------------------------------------------------
@@ -289,6 +337,9 @@ class Rank:
             x = torch.randint(-8, 9, shape, generator=generator)
             return x.to(call.dtype)  # whole numbers, as the interpreter has its own rounding
 
+        def shared(x: torch.Tensor) -> torch.Tensor:
+            return x.clone().share_memory_()
+
         xs = [values() for _ in range(SHARED.world_size)]
         weight = values()[:1].reshape(-1)
         residual = values() if call.has_residual else None
@@ -296,10 +347,10 @@ class Rank:
         wanted = h * torch.rsqrt((h * h).mean(1, keepdim=True) + 1e-3) * (weight.float() + 1)
         results = []
         for function in (kernels.one_shot_rms_norm, kernels.two_shot_rms_norm):
-            x = xs[self.rank].clone()
-            old = None if residual is None else residual.clone()
-            normed = x if call.in_place else torch.full_like(x, float("nan"))
-            new = old if call.in_place or old is None else torch.full_like(x, float("nan"))
+            x = shared(xs[self.rank])
+            old = None if residual is None else shared(residual)
+            normed = x if call.in_place else shared(torch.full_like(x, float("nan")))
+            new = old if call.in_place or old is None else shared(torch.full_like(x, float("nan")))
             rows = kernels.NormedRows(x, weight, old, normed, new, 1e-3, 1.0)
             function(rows, self.boxes)
             results.append(normed)
@@ -384,7 +435,9 @@ def many_chunks(world_size: int) -> tuple[int, list[Call | NormCall]]:
 def norms(world_size: int) -> tuple[int, list[Call | NormCall]]:
     one = importlib.import_module("distcomm.kernels.one_shot_rms_norm")
     two = importlib.import_module("distcomm.kernels.two_shot_rms_norm")
-    one._BLOCKS = (2,)
+    importlib.import_module("distcomm.kernels.rms_norm")._MOST_THREADS = 64
+    one._BLOCKS = (2 * world_size,)
+    one._launcher = BlocksAtOnce(one._one_shot_rms_norm_kernel)
     two._BLOCKS = (2,)
     calls: list[Call | NormCall] = [
         NormCall(dtype, num_tokens, hidden, number % 2 == 0, number % 3 == 0)
@@ -414,16 +467,11 @@ CASES: dict[str, Callable[[], tuple[int, list[Call | NormCall]]]] = {
 }
 
 
-def run_rank(rank: int, calls: list[Call | NormCall]) -> int:
+def run_rank(rank: int, calls: list[Call | NormCall]) -> None:
     random.seed(rank)
-    try:
-        this = Rank(rank)
-        for number, call in enumerate(calls):
-            this.run(call, number)
-    except BaseException:  # noqa: BLE001 - the process ends here, with the reason on stderr
-        traceback.print_exc()
-        return 1
-    return 0
+    this = Rank(rank)
+    for number, call in enumerate(calls):
+        this.run(call, number)
 
 
 def main(case: str) -> int:
@@ -432,14 +480,7 @@ def main(case: str) -> int:
     replace_ptx()
     SHARED = Shared(world_size, 1 << 20)
     SHARED.laziness = 0.02
-    children = []
-    for rank in range(world_size):
-        child = os.fork()
-        if child == 0:
-            os._exit(run_rank(rank, calls))
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * world_size, codes
+    run_in_processes(lambda rank: run_rank(rank, calls), world_size)
     for rank in range(world_size):
         assert SHARED.at_rest(rank), f"rank {rank}: something is left in a mailbox or a flag"
     return 0
