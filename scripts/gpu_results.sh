@@ -51,6 +51,7 @@ for part in "${parts[@]}"; do
         decode_step; do
         bench "$gpus" $name
       done
+      bench "$gpus" all_gather --in-place --json "$folder/all_gather_in_place-${gpus}xh200.json"
       bench "$gpus" all_reduce --plot "$folder/all_reduce.png"
       [[ $gpus -eq 2 ]] || bench 2 all_reduce
       ;;

@@ -31,7 +31,7 @@ from .. import env
 from ..errors import ArgumentError
 from ..memory import parse_num_bytes
 from ..parallel_state import init_distributed
-from .collectives import OPS, format_collective, run_collective
+from .collectives import BUS_FACTORS, format_collective, run_collective
 from .conditions import write_result
 from .decode_step import format_decode_step, run_decode_step
 from .host import format_host, run_host
@@ -56,17 +56,21 @@ def main() -> None:
         help="see above",
     )
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    of_collectives = parser.add_argument_group(", ".join(OPS))
+    of_collectives = parser.add_argument_group(", ".join(BUS_FACTORS))
     of_collectives.add_argument(
         "--sizes",
         type=_sizes,
         help="bytes of the whole, such as 1KiB,64KiB,1MiB (default: 1KiB to 256MiB)",
     )
     of_collectives.add_argument("--dtype", choices=sorted(_DTYPES), help="(default: bfloat16)")
+    of_collectives.add_argument(
+        "--in-place", action="store_true", help="inputs lie in their results' place"
+    )
     of_collectives.add_argument("--plot", type=Path, help="draw a figure, .png or .svg")
     options = parser.parse_args()
-    if options.benchmark not in OPS and (options.sizes or options.dtype or options.plot):
-        parser.error(f"--sizes, --dtype and --plot are of {', '.join(OPS)}")
+    given = options.sizes or options.dtype or options.in_place or options.plot
+    if options.benchmark not in BUS_FACTORS and given:
+        parser.error(f"--sizes, --dtype, --in-place and --plot are of {', '.join(BUS_FACTORS)}")
     if options.benchmark == "layout":
         result = run_layout()
         _report(options, result, format_layout(result))
@@ -76,6 +80,8 @@ def main() -> None:
         run = partial(run, sizes=options.sizes)
     if options.dtype:
         run = partial(run, dtype=_DTYPES[options.dtype])
+    if options.in_place:
+        run = partial(run, in_place=True)
     # A process that torchrun hasn't started is a job of its own.
     with tempfile.TemporaryDirectory() as folder:
         alone = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
@@ -105,13 +111,13 @@ _ON_GPUS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any
     "all_reduce_rms_norm": (run_rms_norm, format_rms_norm),
     "decode_step": (run_decode_step, format_decode_step),
     "tune": (run_tune, format_tune),
-    **{op: (partial(run_collective, op), format_collective) for op in OPS},
+    **{op: (partial(run_collective, op), format_collective) for op in BUS_FACTORS},
 }
 _OF_NCCL = ("host", "symmetric")
 
 
 # Captured calls can't make room for their outputs.
-_RESERVES = {"kv_gather": "8GiB", **dict.fromkeys((*OPS, "tune"), "2GiB")}
+_RESERVES = {"kv_gather": "8GiB", **dict.fromkeys((*BUS_FACTORS, "tune"), "2GiB")}
 
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -23,30 +23,17 @@ from ..timing import timed
 from .conditions import conditions
 from .torch_symmetric import torch_symmetric_ways
 
-__all__ = ["OPS", "format_collective", "run_collective"]
+__all__ = ["BUS_FACTORS", "format_collective", "run_collective"]
 
 REFERENCE = "torch.distributed"
 _SIZES = tuple(1 << power for power in range(10, 29))
 
 
-@dataclass(frozen=True)
-class Op:
-    """A collective.
-
-    Attributes:
-        inputs, outputs: how much of the whole a rank's input and output are: 1, or 1 / W for 0.
-        bus_factor: busbw over algbw, by W.
-    """
-
-    inputs: int
-    outputs: int
-    bus_factor: Callable[[int], float]
-
-
-OPS = {
-    "all_reduce": Op(1, 1, lambda w: 2 * (w - 1) / w),
-    "all_gather": Op(0, 1, lambda w: (w - 1) / w),
-    "reduce_scatter": Op(1, 0, lambda w: (w - 1) / w),
+# busbw over algbw, by W.
+BUS_FACTORS: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda w: 2 * (w - 1) / w,
+    "all_gather": lambda w: (w - 1) / w,
+    "reduce_scatter": lambda w: (w - 1) / w,
 }
 
 
@@ -65,6 +52,7 @@ def run_collective(
     *,
     sizes: Sequence[int] = _SIZES,
     dtype: torch.dtype = torch.bfloat16,
+    in_place: bool = False,
     num_rounds: int = 20,
 ) -> dict[str, Any]:
     """Times all ways at all sizes, in CUDA graphs and eager. Collective.
@@ -74,6 +62,7 @@ def run_collective(
     Args:
         sizes: bytes of the whole; rounded down to whole vectors of 16 bytes for each rank.
         dtype: of the tensors.
+        in_place: a rank's share of the whole, or the whole, lies where its result does.
 
     Returns:
         Per size and way, microseconds a call in a graph and eager: medians of the slowest rank.
@@ -85,7 +74,7 @@ def run_collective(
     grain = 16 * group.world_size
     for size in sizes:
         num_bytes = max(grain, size // grain * grain)
-        ways = _ways(op, group, num_bytes, dtype)
+        ways = _ways(op, group, num_bytes, dtype, in_place)
         for name, way in ways.items():
             _check(op, group, name, way)
         row: dict[str, Any] = {"bytes": num_bytes}
@@ -96,7 +85,11 @@ def run_collective(
         if group.rank_in_group == 0:
             print(_row_text(op, group.world_size, row), flush=True)
     return {
-        "conditions": {**conditions(state), "dtype": str(dtype).removeprefix("torch.")},
+        "conditions": {
+            **conditions(state),
+            "dtype": str(dtype).removeprefix("torch."),
+            "in_place": in_place,
+        },
         "op": op,
         "rows": rows,
     }
@@ -108,10 +101,12 @@ def format_collective(result: dict[str, Any]) -> str:
     return "\n".join(_row_text(op, world_size, row) for row in result["rows"])
 
 
-def _ways(op: str, group: GroupCoordinator, num_bytes: int, dtype: torch.dtype) -> dict[str, Way]:
-    x, output = _tensors(op, group, num_bytes, dtype)
+def _ways(
+    op: str, group: GroupCoordinator, num_bytes: int, dtype: torch.dtype, in_place: bool
+) -> dict[str, Way]:
+    x, output = _tensors(op, group, num_bytes, dtype, in_place)
     with group.symmetric_memory():
-        symmetric_x, symmetric_output = _tensors(op, group, num_bytes, dtype)
+        symmetric_x, symmetric_output = _tensors(op, group, num_bytes, dtype, in_place)
     ways = {REFERENCE: Way(_torch_call(op, group, x, output), x, output)}
     for name, call in algorithm_calls(op, group, x, output, symmetric=False).items():
         ways["NCCL" if name == "nccl" else name] = Way(call, x, output)
@@ -129,13 +124,13 @@ def _ways(op: str, group: GroupCoordinator, num_bytes: int, dtype: torch.dtype) 
 
 
 def _tensors(
-    op: str, group: GroupCoordinator, num_bytes: int, dtype: torch.dtype
+    op: str, group: GroupCoordinator, num_bytes: int, dtype: torch.dtype, in_place: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    def tensor(is_whole: int) -> torch.Tensor:
-        num_elements = num_bytes // dtype.itemsize // (1 if is_whole else group.world_size)
-        return torch.zeros(num_elements, dtype=dtype, device=group.device)
-
-    return tensor(OPS[op].inputs), tensor(OPS[op].outputs)
+    whole = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=group.device)
+    part = whole if op == "all_reduce" else whole.chunk(group.world_size)[group.rank_in_group]
+    if not in_place:
+        part = torch.zeros_like(part)
+    return (whole, part) if op == "reduce_scatter" else (part, whole)
 
 
 def _torch_call(
@@ -191,7 +186,7 @@ def _row_text(op: str, world_size: int, row: dict[str, Any]) -> str:
     ]
     for name, micros in row["graph"].items():
         algbw = num_bytes / micros / 1e3
-        busbw = algbw * OPS[op].bus_factor(world_size)
+        busbw = algbw * BUS_FACTORS[op](world_size)
         eager = row["eager"][name]
         lines.append(
             f"  {name:<28} {micros:>8.2f} {algbw:>7.1f} {busbw:>7.1f} "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .collectives import OPS
+from .collectives import BUS_FACTORS
 
 __all__ = ["plot_collective"]
 
@@ -39,7 +39,7 @@ def plot_collective(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows, conditions = result["rows"], result["conditions"]
-    factor = OPS[result["op"]].bus_factor(conditions["world_size"])
+    factor = BUS_FACTORS[result["op"]](conditions["world_size"])
     figure, (times, rates) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for name, colour in _COLOURS.items():
         points = [(row["bytes"], row["graph"][name]) for row in rows if name in row["graph"]]
