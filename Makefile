@@ -20,7 +20,7 @@ JOBS ?= 2
 BENCH ?= host
 NUM_GPUS ?= 2
 
-.PHONY: help setup build demo test test-csrc test-gpu test-simulated lint format bench clean
+.PHONY: help setup build demo test test-csrc test-gpu test-simulated memcheck lint format bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,11 @@ test-gpu: build  ## The GPU test suite with the current python3, on all GPUs of 
 
 test-simulated:  ## The GPU test suite on simulated GPUs, NUM_GPUS=2; see tests/simulated_gpu/README.md
 	scripts/simulated_gpu.sh $(NUM_GPUS) python -m pytest tests/gpu -m gpu -p no:cacheprovider $(ARGS)
+
+memcheck: build  ## compute-sanitizer's memcheck of the kernels, on NUM_GPUS=2 GPUs
+	PYTHONPATH=. $(BASE_PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NUM_GPUS) \
+	  --no-python compute-sanitizer --tool memcheck --error-exitcode 9 \
+	  $(BASE_PYTHON) scripts/memcheck_kernels.py
 
 lint: setup  ## ruff, mypy, and the direction of imports
 	$(VENV)/bin/ruff check .
