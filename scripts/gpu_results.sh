@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Makes the files of docs/results that need GPUs: benchmarks on four GPUs and on two, and the GPU
-# suite on four, two and one. Fewer GPUs give less; more than four run the suite's tests side by
-# side. Each part takes up to ten minutes.
+# suite on four, two and one. Fewer GPUs give less. Each part takes up to ten minutes.
 #
-#   scripts/gpu_results.sh FOLDER [benches|tables|suites ...]
+#   scripts/gpu_results.sh FOLDER [benches|tables|suites|suite-N ...]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "${1:?a folder for the results}")
@@ -18,18 +17,22 @@ export CUDA_VISIBLE_DEVICES PYTHONUNBUFFERED=1
 options="-v --durations=8 --tb=short --max-worker-restart 0"
 failed=0
 
-suite() { # GPUs that a test may use; as many tests at a time as the machine has GPUs for
-  local gpus=$1 runs=$((machine / $1))
-  local result="$folder/test-gpu-${gpus}xh200.txt"
-  runs=$((runs < 4 ? runs : 4))
-  CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((gpus * runs - 1))) \
-    timeout 560 make test-gpu ARGS="$options -n $runs" > "$result" 2>&1 || failed=1
+suite() { # GPUs that a test may use; three tests share them, as they are busy on the host as well
+  local gpus=$1 result="$folder/test-gpu-${1}xh200.txt"
+  local sharing=$((machine / gpus * 3))
+  sharing=$((sharing < 6 ? sharing : 6))
+  {
+    GPUS_PER_WORKER=$gpus CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((machine - 1))) \
+      timeout 500 make test-gpu ARGS="$options -n $sharing -m 'gpu and not alone'" || failed=1
+    CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((gpus - 1))) \
+      timeout 120 make test-gpu ARGS="$options -m alone" || failed=1
+  } > "$result" 2>&1
   # Folders and unrelated pytest plugins are no conditions of the result, nor is the moment at
   # which a worker begins a test.
   sed -i -e '/^rootdir/d' -e 's# -- /[^ ]*python3##' -e '/^cachedir/d' -e '/^benchmark:/d' \
     -e '/^plugins:/d' -e 's#^PYTHONPATH=.*-m pytest#$ pytest#' -e '/pytest_benchmark/d' \
     -e '/^  warner(/d' -e '/^tests\/[^ ]* $/d' "$result"
-  echo "$gpus GPUs: $(tail -n 1 "$result")"
+  echo "$gpus GPUs: $(grep -hE '^=+ .* in [0-9.]+s' "$result" | tr '\n' ' ')"
   grep -hE '^(FAILED|ERROR)|^E   [A-Za-z]' "$result" | cut -c 1-300 | head -n 60
 }
 
@@ -64,6 +67,7 @@ for part in "${parts[@]}"; do
       [[ $gpus -gt 1 ]] && suite 2
       suite 1
       ;;
+    suite-*) suite "${part#suite-}" ;;
   esac
 done
 exit $failed

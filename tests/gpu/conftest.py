@@ -14,7 +14,11 @@ from tests.worker_pool import WorkerPool
 
 
 def _take_gpus() -> int:
-    """How many GPUs there are for tests; under pytest-xdist every worker takes its own share."""
+    """How many GPUs there are for tests.
+
+    Under pytest-xdist every worker has as many as GPUS_PER_WORKER says, or an equal part of them.
+    If there aren't that many, workers share them.
+    """
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None:
         return torch.cuda.device_count()
@@ -23,9 +27,16 @@ def _take_gpus() -> int:
     number, num_workers = int(worker[2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     if number >= num_workers:
         raise pytest.UsageError(f"{worker} stands in for a crashed worker, whose GPUs aren't known")
-    share = len(gpus) // num_workers
-    own = gpus[number * share : (number + 1) * share]
+    share = _gpus_per_worker(len(gpus), num_workers)
+    own = [gpus[(number * share + each) % len(gpus)] for each in range(share)]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    return share
+
+
+def _gpus_per_worker(num_gpus: int, num_workers: int) -> int:
+    share = int(os.environ.get("GPUS_PER_WORKER", num_gpus // num_workers))
+    if share > num_gpus:
+        raise pytest.UsageError(f"GPUS_PER_WORKER is {share}, but there are {num_gpus} GPUs")
     return share
 
 
@@ -34,13 +45,14 @@ NUM_GPUS = _take_gpus()
 
 def pytest_report_header(config: pytest.Config) -> str:
     """The conditions of the run, so that its output is a result file."""
-    num_workers = config.getoption("numprocesses", None) or 1
-    gpus = NUM_GPUS // num_workers
-    if gpus == 0:
+    num_workers = config.getoption("numprocesses", None) or 0
+    if NUM_GPUS == 0:
         return "GPUs: none"
-    workers = f" for each of {num_workers} workers" if num_workers > 1 else ""
+    workers = ""
+    if num_workers:  # this is the process that has started them, and has all GPUs
+        workers = f", {_gpus_per_worker(NUM_GPUS, num_workers)} for each of {num_workers} workers"
     return (
-        f"GPUs: {gpus} x {torch.cuda.get_device_name(0)}{workers}; "
+        f"GPUs: {NUM_GPUS} x {torch.cuda.get_device_name(0)}{workers}; "
         f"python {platform.python_version()}, torch {torch.__version__}, "
         f"NCCL {NcclLibrary().version_text}"
     )

@@ -155,6 +155,7 @@ def test_two_ranks_on_one_gpu_are_named(gpus: WorkerPool, world: int) -> None:
         gpus.run(same_gpu_twice, fresh_init_method(), ranks=world)
 
 
+@pytest.mark.alone
 def test_cycles_leave_gpu_memory_flat(gpus: WorkerPool, most_ranks: int) -> None:
     gpus.reset()
     used = []

@@ -224,11 +224,11 @@ def test_late_rank(gpus: WorkerPool, world: int) -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        out_of_memory_on_one,
+        pytest.param(out_of_memory_on_one, marks=pytest.mark.alone),
         out_of_memory_everywhere,
         error_in_the_body,
         verified,
-        too_much_at_init,
+        pytest.param(too_much_at_init, marks=pytest.mark.alone),
     ],
     ids=lambda function: function.__name__,
 )
