@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +15,23 @@ from torch.distributed import distributed_c10d as c10d
 from .backends import KernelCollectives
 from .errors import GroupClosedError, GroupMember
 from .memory import GroupWindows, PeerChannel, SymmetricPool
-from .nccl import KnownIssues, NcclLibrary, PyNcclCommunicator, Topology
-from .process_groups import create_process_group, destroy_process_group
+from .nccl import (
+    FREE_S,
+    KnownIssues,
+    NcclLibrary,
+    PyNcclCommunicator,
+    Topology,
+    note_destroy_under_way,
+)
+from .process_groups import create_process_group, destroy_process_group, forget_process_group
+from .waiting import StillRunningError, run_bounded
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 __all__ = ["GroupCommunicators", "JobContext"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,12 +170,33 @@ class GroupCommunicators:
         self.destroy_process_groups()
 
     def destroy_process_groups(self) -> None:
-        """Destroys the process groups that were made here, and forgets all. Idempotent; local."""
+        """Destroys the process groups that were made here, and forgets all. Idempotent; local.
+
+        One that CUDA graphs have captured is destroyed once they are gone; a thread waits for that.
+        """
         while self._owned:
-            destroy_process_group(self._owned.pop())
+            group = self._owned.pop()
+            try:
+                run_bounded(
+                    partial(self._destroy, group), timeout_s=FREE_S, what="destroy_process_group"
+                )
+            except StillRunningError as error:
+                forget_process_group(group)
+                note_destroy_under_way(error.thread)
+                logger.warning(
+                    "close: %s, probably because a CUDA graph that captured torch's collectives is "
+                    "alive; the process group ends when that graph does [%s]",
+                    error,
+                    self._member,
+                )
         # A process group ends its threads when the last reference goes. One that outlives this
         # one, say in a traceback, would still have them when the interpreter shuts down.
         self._cpu_group = self._device_group = None
+
+    def _destroy(self, group: dist.ProcessGroup) -> None:
+        if self._job.device.type == "cuda":
+            torch.cuda.set_device(self._job.device)  # else the new thread is on device 0
+        destroy_process_group(group)
 
     def meeting_store(self, purpose: str) -> Store:
         """Where these ranks, and no others, can meet."""

@@ -22,6 +22,7 @@ __all__ = [
     "create_process_group",
     "destroy_default_process_group",
     "destroy_process_group",
+    "forget_process_group",
     "member_of",
     "process_group_store",
 ]
@@ -97,10 +98,25 @@ def destroy_default_process_group() -> None:
 
 
 def destroy_process_group(group: dist.ProcessGroup) -> None:
-    """Destroys a group of `create_process_group`. Local; nothing may be under way in it."""
+    """Destroys a group of `create_process_group`. Local; nothing may be under way in it.
+
+    Waits for CUDA graphs that have captured what NCCL does in it, however long they live.
+    """
     # When the caller's default group has gone already, torch has destroyed ours with it.
     if group in c10d._world.pg_map:
         dist.destroy_process_group(group)
+
+
+def forget_process_group(group: dist.ProcessGroup) -> None:
+    """Takes a group that can't be destroyed out of torch's books, so that torch won't try. Local."""
+    world = c10d._world
+    for book in (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config):
+        book.pop(group, None)  # type: ignore[attr-defined]
+    for groups in world.tags_to_pg.values():
+        if group in groups:
+            groups.remove(group)
+    world.pg_to_tag.pop(group, None)
+    c10d._unregister_process_group(group.group_name)
 
 
 def process_group_store(group: dist.ProcessGroup) -> Store:

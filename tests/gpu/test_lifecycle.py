@@ -170,12 +170,14 @@ def test_cycles_leave_gpu_memory_flat(gpus: WorkerPool, most_ranks: int) -> None
 
 PROGRAM_THAT_EXITS = """
 import torch
+import torch.distributed as dist
 from distcomm import init_distributed
 state = init_distributed(tp={world}, device="cuda", timeout=60)
 kept = state.tp.all_reduce(torch.ones(4, device=state.device))
+device_group = state.tp.device_group
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
-    captured = state.tp.all_reduce(kept)
+    {capture}
 graph.replay()
 torch.cuda.synchronize()
 assert captured[0].item() == {world} ** 2
@@ -192,12 +194,19 @@ EXITS = {
 }
 
 
+CAPTURES = {
+    "ours": "captured = state.tp.all_reduce(kept)",
+    "torch's": "captured = kept; dist.all_reduce(captured, group=device_group)",
+}
+
+
+@pytest.mark.parametrize("capture", CAPTURES.values(), ids=CAPTURES)
 @pytest.mark.parametrize("close", EXITS.values(), ids=EXITS)
 def test_exit_code_with_live_tensors_and_graphs(
-    most_ranks: int, close: str, tmp_path: Path
+    most_ranks: int, close: str, capture: str, tmp_path: Path
 ) -> None:
     script = tmp_path / "program.py"
-    script.write_text(PROGRAM_THAT_EXITS.format(world=most_ranks, close=close))
+    script.write_text(PROGRAM_THAT_EXITS.format(world=most_ranks, close=close, capture=capture))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(most_ranks), str(script)]
     done = subprocess.run(
