@@ -108,15 +108,15 @@ def destroy_process_group(group: dist.ProcessGroup) -> None:
 
 
 def forget_process_group(group: dist.ProcessGroup) -> None:
-    """Takes a group that can't be destroyed out of torch's books, so that torch won't try. Local."""
+    """Takes a group that can't be destroyed out of torch's books: torch won't try. Local."""
     world = c10d._world
     for book in (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config):
-        book.pop(group, None)  # type: ignore[attr-defined]
+        book.pop(group, None)
     for groups in world.tags_to_pg.values():
         if group in groups:
             groups.remove(group)
     world.pg_to_tag.pop(group, None)
-    c10d._unregister_process_group(group.group_name)
+    c10d._unregister_process_group(group.group_name)  # type: ignore[attr-defined]
 
 
 def process_group_store(group: dist.ProcessGroup) -> Store:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CaptureMismatchError, SymmetricMismatchError
+from ..errors import CaptureMismatchError, GroupMember, SymmetricMismatchError
 from ..meeting import bring
 from ..objects import ObjectChannel
 from .reports import unusual
@@ -33,14 +33,37 @@ def _record(
     windows: GroupWindows, group: str, op: str, tensors: Sequence[torch.Tensor], placed: bool
 ) -> list[Any]:
     """What has to be the same on all ranks about one call, as JSON values."""
-    entry: list[Any] = [op, group]
+    places: list[Any] = []
     for tensor in tensors:
         found = windows.find(tensor.data_ptr()) if placed and tensor.numel() else None
-        place = None
-        if found is not None and found.window:
-            place = [found.ordinal, found.offset]
-        entry.append([str(tensor.dtype).removeprefix("torch."), tensor.nbytes, place])
-    return entry
+        known = found is not None and found.window
+        places.append([found.ordinal, found.offset] if found is not None and known else None)
+    sizes = [tensor.nbytes for tensor in tensors]
+    parts = [_part_of(windows.member, index, places, sizes) for index in range(len(tensors))]
+    return [
+        op,
+        group,
+        *(
+            [str(tensor.dtype).removeprefix("torch."), tensor.nbytes, place if of is None else of]
+            for tensor, place, of in zip(tensors, places, parts, strict=True)
+        ),
+    ]
+
+
+def _part_of(
+    member: GroupMember, index: int, places: Sequence[Any], sizes: Sequence[int]
+) -> int | None:
+    """Of which other buffer a buffer is this rank's part, as in an all-gather in place."""
+    place, size = places[index], sizes[index]
+    for other, (whole, whole_size) in enumerate(zip(places, sizes, strict=True)):
+        if (
+            place is not None
+            and whole is not None
+            and whole_size == size * member.world_size > size
+            and place == [whole[0], whole[1] + member.rank_in_group * size]
+        ):
+            return other
+    return None
 
 
 def _text(entry: Sequence[Any] | None) -> str:
@@ -48,12 +71,16 @@ def _text(entry: Sequence[Any] | None) -> str:
     if entry is None:
         return "nothing"
     op, group, *buffers = entry
-    places = [
-        f"{dtype} {num_bytes} bytes "
-        + ("in no window" if place is None else f"at segment #{place[0]} offset {place[1]}")
-        for dtype, num_bytes, place in buffers
-    ]
-    return f"{op} in '{group}'" + "".join(f", {place}" for place in places)
+    texts = [f"{dtype} {num_bytes} bytes {_place_text(at)}" for dtype, num_bytes, at in buffers]
+    return f"{op} in '{group}'" + "".join(f", {text}" for text in texts)
+
+
+def _place_text(place: Any) -> str:
+    if place is None:
+        return "in no window"
+    if isinstance(place, int):
+        return f"in place, this rank's part of buffer {place}"
+    return f"at segment #{place[0]} offset {place[1]}"
 
 
 def placement_check(windows: GroupWindows, group: str, channel: ObjectChannel) -> Observer:

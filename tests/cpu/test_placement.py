@@ -170,6 +170,30 @@ def test_where_tensors_without_symmetric_kernels_lie_is_no_difference(workers: W
     assert run(workers, 2, check_places_that_do_not_matter) == [reports] * 2
 
 
+def check_in_place(rank: HeapRank) -> list[str]:
+    """A rank's part of the gathered, or scattered, tensor lies at another offset on each."""
+    log, heap = log_of(rank), rank.tensor(CHUNK, torch.int8)
+    rank.windows.register_new()
+    whole = heap[64:][:24]
+    own = whole[rank.rank * 8 :][:8]
+    observe(log, "all_gather_into_tensor", own, whole)
+    observe(log, "reduce_scatter_tensor sum", whole, own)
+    log.compare()
+    other = log_of(rank, "other")
+    observe(other, "all_gather_into_tensor", whole[:8] if rank.rank == 1 else own, whole)
+    return list(failed(other).reports.values())
+
+
+def test_what_lies_in_place_is_no_difference(workers: WorkerPool):
+    own, whole = "int8 8 bytes", "int8 24 bytes at segment #0 offset 64"
+    in_place = f"{own} in place, this rank's part of buffer 1, {whole}"
+    reports = [in_place, f"{own} at segment #0 offset 64, {whole}", in_place]
+    assert (
+        run(workers, 3, check_in_place)
+        == [[f"all_gather_into_tensor in 'tp', {report}" for report in reports]] * 3
+    )
+
+
 FAILURE = "its capture failed: ValueError: 7"
 
 

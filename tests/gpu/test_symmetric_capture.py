@@ -84,6 +84,35 @@ def replays(rank: int, world: int, method: str, symmetric: bool) -> None:
         assert errors.item() == 0
 
 
+def in_place(rank: int, world: int, method: str, verifies: bool) -> None:
+    """Each rank's part of the whole is the input, or the output, and at another offset on each."""
+    with symmetric_job(rank, world, method, verify_symmetric=verifies) as state:
+        tp, device = state.tp, state.device
+        with tp.symmetric_memory():
+            whole = torch.zeros(world, N, device=device)
+        own = whole[rank]
+        wanted = torch.arange(1.0, world + 1, device=device).unsqueeze(1).expand(world, N)
+
+        def calls() -> torch.Tensor:
+            own.fill_(rank + 1.0)
+            tp.all_gather_into_tensor(whole, own)
+            gathered = whole.clone()
+            tp.reduce_scatter_tensor(own, whole)
+            return gathered
+
+        assert torch.equal(calls(), wanted)
+        assert (own == world * (rank + 1.0)).all()
+        whole.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with tp.graph_capture() as c, torch.cuda.graph(graph, pool=c.pool, stream=c.stream):
+            gathered = calls()
+        for _ in range(3):
+            graph.replay()
+            assert torch.equal(gathered, wanted)
+            assert (own == world * (rank + 1.0)).all()
+        del graph
+
+
 def fenced(rank: int, world: int, method: str, ignored: tuple[str, ...]) -> int:
     """How many programmatic edges a captured symmetric all-reduce has."""
     with symmetric_job(rank, world, method, ignore_known_issues=ignored) as state:
@@ -278,6 +307,11 @@ def differences(rank: int, world: int, method: str) -> None:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["graph pool", "context"])
 def test_replays_equal_eager(gpus: WorkerPool, world: int, symmetric: bool) -> None:
     gpus.run(replays, fresh_init_method(), symmetric, ranks=world)
+
+
+@pytest.mark.parametrize("verifies", [False, True], ids=["", "verified"])
+def test_in_place(gpus: WorkerPool, most_ranks: int, verifies: bool) -> None:
+    gpus.run(in_place, fresh_init_method(), verifies, ranks=most_ranks)
 
 
 def test_captured_collectives_wait_for_their_input(gpus: WorkerPool, most_ranks: int) -> None:
