@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws the figure of docs/performance.md from a result of `python -m distcomm.bench kv_gather`.
 
-python scripts/plot_kv_gather.py docs/results/kv_gather-4xh200.json docs/kv_gather.svg
+python scripts/plot_kv_gather.py docs/results/kv_gather_nccl-4xh200.json docs/kv_gather.svg
 """
 
 from __future__ import annotations
