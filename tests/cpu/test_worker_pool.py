@@ -95,9 +95,11 @@ def is_gone(process_id: int) -> bool:
     for _ in range(100):
         try:
             stat = Path(f"/proc/{process_id}/stat").read_text()
+            num_threads = len(os.listdir(f"/proc/{process_id}/task"))
         except (FileNotFoundError, ProcessLookupError):
             return True
-        if stat.rpartition(")")[2].split()[0] == "Z":
+        # Its first thread may be dead before the others; it can be reaped when all are.
+        if stat.rpartition(")")[2].split()[0] == "Z" and num_threads <= 1:
             return True
         time.sleep(0.02)
     return False
