@@ -16,12 +16,12 @@ begun that one, and ended the one before it, with all places empty that it had u
 A kernel that takes several turns does so in rounds. In round c a block sends chunk c, then adds up
 chunk c - 1, which has had time to arrive, and empties its places. Every fifth round begins with a
 fence: whoever gets what is sent afterwards knows that the places are empty that were emptied
-before. So what does a rank know when it sends
-chunk c, to the places of chunk c - 8? It has chunk c - 2 of every peer, sent in the peer's round
-c - 2. The latest fence up to then, or the peer's kernel's beginning, was in its round c - 6 at the
-earliest, after it had emptied chunk c - 8. (Rounds of the kernel before count as if they were
-this one's: its end is later than any fence in it.) A fence costs as much as a round's stores take
-to arrive, nearly 1 µs on an H200, which is why it isn't in every round.
+before. So what does a rank know when it sends chunk c, to the places of chunk c - 8? It has chunk
+c - 2 of every peer, sent in the peer's round c - 2. The latest fence up to then, or the peer's
+kernel's beginning, was in its round c - 6 at the earliest, after it had emptied chunk c - 8.
+(Rounds of the kernel before count as if they were this one's: its end is later than any fence in
+it.) A fence costs as much as a round's stores take to arrive, nearly 1 µs on an H200, which is why
+it isn't in every round.
 
 Shapes: W group size, B = `MOST_BLOCKS`.
 """
