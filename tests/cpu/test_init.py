@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from distcomm import (
     LayoutError,
     NotInitializedError,
     ParallelState,
+    communicators,
     meeting,
 )
 from tests.cpu.job import start
@@ -509,6 +511,50 @@ def contradict_an_existing_group(rank: int, world_size: int, url: str) -> None:
 
 def test_a_launch_that_contradicts_the_existing_group_is_refused(workers: WorkerPool):
     workers.run(contradict_an_existing_group, fresh_init_method(), ranks=2)
+
+
+# A process group that doesn't end, as torch's NCCL group while a CUDA graph has captured it
+
+
+@leaves_nothing
+def close_beside_a_stuck_group(rank: int, world_size: int, url: str) -> None:
+    graph_is_gone, ended = threading.Event(), threading.Event()
+    destroy = communicators.destroy_process_group
+
+    def stuck(group: dist.ProcessGroup) -> None:
+        if group is captured:
+            graph_is_gone.wait(LONG_S)
+        destroy(group)
+        if group is captured:
+            ended.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(communicators, "FREE_S", 0.2)
+        patch.setattr(communicators, "destroy_process_group", stuck)
+        dist.init_process_group("gloo", init_method=url, rank=rank, world_size=world_size)
+        before = num_process_groups()
+        state = init_here(tp=world_size)
+        captured = state.create_group("captured", [1, 0]).cpu_group
+        began = time.monotonic()
+        with mock.patch.object(communicators.logger, "warning") as warning:
+            state.close()
+        assert 0.2 <= time.monotonic() - began < LONG_S / 10
+    (call,) = warning.call_args_list
+    text = call.args[0] % call.args[1:]
+    assert text.startswith("close: destroy_process_group did not return within 0.2 s")
+    assert "[group 'captured'" in text
+    assert num_process_groups() == before
+    assert captured not in c10d._world.pg_names
+    with pytest.raises((LookupError, RuntimeError, ValueError)):
+        c10d._resolve_process_group(captured.group_name)
+    assert not any(captured in groups for groups in c10d._world.tags_to_pg.values())
+    dist.destroy_process_group()  # torch waits for all groups that it knows
+    graph_is_gone.set()
+    assert ended.wait(LONG_S)
+
+
+def test_close_does_not_wait_for_a_stuck_process_group(workers: WorkerPool):
+    workers.run(close_beside_a_stuck_group, fresh_init_method(), ranks=2)
 
 
 # A store that outlives initializations, as torchrun's does

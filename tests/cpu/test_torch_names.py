@@ -50,16 +50,12 @@ def test_the_names_are_found() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [
-        "memory/pool_routing.py",
-        "memory/torch_pools.py",
-        "memory/alloc_conf.py",
-        "nccl/connection.py",
-    ],
+    [path for path in sorted(PACKAGE.rglob("*.py")) if private_names(path)],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
 )
-def test_names_of_torch_are_there(module: str) -> None:
+def test_names_of_torch_are_there(module: Path) -> None:
     """In a build with CUDA all of them; in others those that are missing are declared."""
-    missing = {name for name in private_names(PACKAGE / module) if not hasattr(torch._C, name)}
+    missing = {name for name in private_names(module) if not hasattr(torch._C, name)}
     if torch.version.cuda is None:
         missing -= declared_names()
     assert not missing - {"_distributed_c10d"}
