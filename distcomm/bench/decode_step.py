@@ -27,6 +27,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Different weights, so that no cache holds them: some hundred MB each.
 _DISTINCT_LAYERS = 4
 _EPS = 1e-5
+_MOST_ERROR = 0.03  # of two layers' result, relative; bf16 has 0.004
 REFERENCE = "torch.distributed"
 WITHOUT = "no communication"
 
@@ -47,6 +48,8 @@ _Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tenso
 def run_decode_step(state: ParallelState, *, num_rounds: int = 10) -> dict[str, Any]:
     """Times a step by batch size and way to communicate. Collective.
 
+    What two layers give is compared between the ways first.
+
     Returns:
         Microseconds a step: medians of the slowest rank.
     """
@@ -58,9 +61,13 @@ def run_decode_step(state: ParallelState, *, num_rounds: int = 10) -> dict[str, 
     for batch in _BATCHES:
         x = torch.randn(batch, _HIDDEN, device=group.device).bfloat16()
         steps = {}
+        wanted = None  # what the reference gives, which comes first
         for name, reduce in _ways(group).items():
-            _step(layers, x, reduce, num_layers=2)  # libraries warm up before a capture
+            result = _step(layers, x, reduce, num_layers=2)  # libraries warm up before a capture
             torch.cuda.synchronize()
+            wanted = result if wanted is None else wanted
+            if name != WITHOUT:
+                _check(name, result, wanted)
             in_windows = name == "NCCL symmetric"
             steps[name] = _captured(group, layers, x, reduce, symmetric=in_windows).time
         medians = slowest_medians(group, steps, num_rounds, num_warm_up=3)
@@ -85,6 +92,13 @@ def _row_text(row: dict[str, Any]) -> str:
             f"{row['us'][REFERENCE] / micros:>6.3f} x, {share:>5.1%} communication"
         )
     return "\n".join(lines)
+
+
+def _check(name: str, result: torch.Tensor, wanted: torch.Tensor) -> None:
+    """A wrong result isn't worth timing. Sums are rounded at other places, in bf16."""
+    error = (result.float() - wanted.float()).norm() / wanted.float().norm()
+    if not error < _MOST_ERROR:
+        raise SystemExit(f"{name}: the step's result is {float(error):.3f} off")
 
 
 def _layer(group: GroupCoordinator, seed: int) -> _Layer:
