@@ -161,6 +161,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "all_reduce in short": partial(collective, "all_reduce-4xh200", others=_NCCL, every=3),
     "all_reduce eager": partial(eager, "all_reduce-4xh200"),
     "all_gather of 4": partial(collective, "all_gather-4xh200", others=_NCCL),
+    "all_gather of 4 in place": partial(collective, "all_gather_in_place-4xh200", others=_NCCL),
     "reduce_scatter of 4": partial(collective, "reduce_scatter-4xh200", others=_NCCL),
     "all_reduce_rms_norm of 4": partial(rms_norm, "all_reduce_rms_norm-4xh200"),
     "decode_step of 4": partial(decode_step, "decode_step-4xh200"),
