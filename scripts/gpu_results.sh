@@ -36,11 +36,11 @@ suite() { # GPUs that a test may use; three tests share them, as they are busy o
   grep -hE '^(FAILED|ERROR)|^E   [A-Za-z]' "$result" | cut -c 1-300 | head -n 60
 }
 
-bench() { # GPUs, benchmark, more options
+bench() { # GPUs, benchmark, more options; $result names the file, if not the benchmark
   local gpus=$1 name=$2
   shift 2
   CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((gpus - 1))) timeout 200 \
-    make bench BENCH="$name" ARGS="--json $folder/$name-${gpus}xh200.json $*" || failed=1
+    make bench BENCH="$name" ARGS="--json $folder/${result:-$name}-${gpus}xh200.json $*" || failed=1
 }
 
 make build > "$folder/build.log" 2>&1 || { cat "$folder/build.log"; exit 1; }
@@ -54,7 +54,7 @@ for part in "${parts[@]}"; do
         decode_step; do
         bench "$gpus" $name
       done
-      bench "$gpus" all_gather --in-place --json "$folder/all_gather_in_place-${gpus}xh200.json"
+      result=all_gather_in_place bench "$gpus" all_gather --in-place
       bench "$gpus" all_reduce --plot "$folder/all_reduce.png"
       [[ $gpus -eq 2 ]] || bench 2 all_reduce
       ;;
