@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,15 @@ class GroupCommunicators:
             dist.all_reduce(torch.ones(1, device=self._job.device), group=group)
             self._device_group = group
         return self._device_group
+
+    def wait_for_all(self) -> None:
+        """Waits on the host until all ranks have come. Collective.
+
+        Raises:
+            RuntimeError: one didn't within the timeout; on rank 0 it names all missing.
+        """
+        timeout = timedelta(seconds=self._job.timeout_s)
+        dist.monitored_barrier(self.cpu_group, timeout, wait_all_ranks=True)
 
     def serve(self, name: str) -> None:
         """Takes in another group of the same ranks; NCCL's errors will name all groups served."""

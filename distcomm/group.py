@@ -6,7 +6,6 @@ Shapes: W group size, r rank_in_group, T rows of a rank; `sizes` and splits coun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -378,9 +377,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
         self._refuse_if_closed("barrier")
         if self.world_size > 1:
             with collective_errors("barrier", self.member):
-                dist.monitored_barrier(
-                    self.cpu_group, timedelta(seconds=self._job.timeout_s), wait_all_ranks=True
-                )
+                self._communicators.wait_for_all()
 
     # ---- for collectives that are built on a group ------------------------------------------
 

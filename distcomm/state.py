@@ -332,16 +332,19 @@ class ParallelState:
         return group
 
     def _registered_communicators(self, member: GroupMember) -> GroupCommunicators:
-        """Made after initialization: with windows of what there is already."""
+        """Made after initialization: with windows of what there is already, on all ranks."""
         communicators = GroupCommunicators(member, self._job, _unique_name(member.ranks))
-        pool = self.symmetric_pool
-        if self._built and communicators.windows is not None and pool is not None:
-            try:
+        if not self._built or member.world_size == 1:
+            return communicators
+        try:
+            if communicators.windows is not None and self.symmetric_pool is not None:
                 communicators.windows.count_common()
                 communicators.windows.register_common()
-            except DistcommError:
-                communicators.close()
-                raise
+            # As in `_together`: none may close while another one still connects to it.
+            communicators.wait_for_all()
+        except RuntimeError:
+            communicators.close()
+            raise
         return communicators
 
 

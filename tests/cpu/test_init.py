@@ -37,6 +37,7 @@ from distcomm import (
     communicators,
     meeting,
 )
+from distcomm.process_groups import create_process_group
 from tests.cpu.job import start
 from tests.worker_pool import WorkerPool, fresh_init_method
 
@@ -220,6 +221,29 @@ def create_groups(rank: int, world_size: int, url: str) -> None:
 
 def test_create_group_needs_only_its_members(workers: WorkerPool):
     workers.run(create_groups, fresh_init_method(), ranks=4)
+
+
+@leaves_nothing
+def create_a_group_slowly(rank: int, world_size: int, url: str) -> tuple[float, float]:
+    """When this rank's process group was made, and when `create_group` returned."""
+    made = []
+
+    def create(*args: Any, **kwargs: Any) -> dist.ProcessGroup:
+        group = create_process_group(*args, **kwargs)
+        time.sleep(0.5 if rank == 1 else 0.0)
+        made.append(time.monotonic())
+        return group
+
+    with start(rank, world_size, url, tp=3) as state:
+        with mock.patch.object(communicators, "create_process_group", create):
+            state.create_group("slow", [2, 1, 0])
+        return made[0], time.monotonic()
+
+
+def test_no_member_goes_on_before_all_have_made_the_group(workers: WorkerPool):
+    # It might close, and the connections of one that still makes its own would break.
+    times = workers.run(create_a_group_slowly, fresh_init_method(), ranks=3)
+    assert max(made for made, _ in times) <= min(returned for _, returned in times)
 
 
 @leaves_nothing
