@@ -155,7 +155,8 @@ class GroupCommunicators:
         """Waits on the host until all ranks have come. Collective.
 
         Raises:
-            RuntimeError: one didn't within the timeout; on rank 0 it names all missing.
+            RuntimeError: one didn't within the timeout; that of the group's first rank names all
+                who didn't.
         """
         timeout = timedelta(seconds=self._job.timeout_s)
         dist.monitored_barrier(self.cpu_group, timeout, wait_all_ranks=True)

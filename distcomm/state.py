@@ -108,7 +108,8 @@ class ParallelState:
         return dict(self._groups)
 
     def create_group(self, name: str, ranks: Sequence[int]) -> GroupCoordinator:
-        """Makes another group, of any ranks. Collective among `ranks` only.
+        """Makes another group, of any ranks. Collective among `ranks` only; returns on none of them
+        before all have made it.
 
         Args:
             name: a new name; the same on all members.
@@ -325,14 +326,15 @@ class ParallelState:
     def _add_group(self, member: GroupMember) -> GroupCoordinator:
         ranks = member.ranks
         if ranks not in self._communicators:
-            self._communicators[ranks] = self._registered_communicators(member)
+            self._communicators[ranks] = self._new_communicators(member)
         self._communicators[ranks].serve(member.name)
         group = GroupCoordinator(member, self._communicators[ranks], self._job)
         self._groups[member.name] = group
         return group
 
-    def _registered_communicators(self, member: GroupMember) -> GroupCommunicators:
-        """Made after initialization: with windows of what there is already, on all ranks."""
+    def _new_communicators(self, member: GroupMember) -> GroupCommunicators:
+        """During initialization its stages do the rest. Later they come with windows of what there
+        is already, and not before all ranks have made theirs."""
         communicators = GroupCommunicators(member, self._job, _unique_name(member.ranks))
         if not self._built or member.world_size == 1:
             return communicators
