@@ -27,6 +27,7 @@ __all__ = [
     "NotInitializedError",
     "PeerCopyError",
     "PlanMismatchError",
+    "SleepError",
     "SymmetricMemoryError",
     "SymmetricMismatchError",
 ]
@@ -188,6 +189,10 @@ class NcclError(DistcommError):
         detail = f": {last_error}" if last_error else ""
         where = f" [{member}]" if member else ""
         super().__init__(f"{call} returned {code} ({meaning}){detail}{where}")
+
+
+class SleepError(DistcommError):
+    """Memory or communicators can't be put to sleep or woken up, or can't be used while asleep."""
 
 
 class SymmetricMemoryError(DistcommError):

@@ -14,14 +14,15 @@ from pathlib import Path
 
 from .errors import NativeLibraryError
 
-__all__ = ["NativeNccl", "RaggedCollectives"]
+__all__ = ["NativeLibrary", "NativeNccl", "RaggedCollectives"]
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _FILE_NAME = "libdistcomm_native.so"
 _ERROR_BYTES = 1024
 
 _SIZES = POINTER(c_size_t)
 _HEAP = c_void_p
+_TAGS = POINTER(c_int64)
 
 _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "distcomm_nccl_open": (c_void_p, [c_char_p, c_char_p, c_size_t]),
@@ -100,6 +101,35 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "distcomm_heap_next_ordinal": (c_int64, [_HEAP]),
     "distcomm_heap_raise_ordinal": (None, [_HEAP, c_int64]),
     "distcomm_heap_stats": (None, [_HEAP, c_void_p]),
+    "distcomm_heap_fall_asleep": (c_int, [_HEAP, POINTER(c_int64)]),
+    "distcomm_heap_wake_up": (c_int, [_HEAP]),
+    "distcomm_can_sleep": (c_int, []),
+    # device, chunk_bytes
+    "distcomm_sleep_heap_open": (c_void_p, [c_int, c_size_t]),
+    "distcomm_sleep_heap_of_device": (c_void_p, [c_int, c_size_t]),
+    "distcomm_sleep_heap_close": (None, [_HEAP]),
+    "distcomm_sleep_heap_select": (c_int64, [_HEAP, c_int64]),
+    "distcomm_sleep_heap_new_tag": (c_int64, [_HEAP]),
+    "distcomm_sleep_heap_alloc": (c_void_p, [_HEAP, c_size_t, c_void_p]),
+    "distcomm_sleep_heap_free": (c_int, [_HEAP, c_void_p, c_void_p]),
+    "distcomm_sleep_heap_settle": (None, [_HEAP]),
+    "distcomm_sleep_heap_take_failure": (None, [_HEAP, c_void_p]),
+    # heap, tags, num_tags
+    "distcomm_sleep_heap_prepare": (c_int, [_HEAP, _TAGS, c_size_t]),
+    "distcomm_sleep_heap_cancel": (None, [_HEAP, _TAGS, c_size_t]),
+    # heap, tags, num_tags, num_offloaded, two streams
+    "distcomm_sleep_heap_sleep": (
+        c_int,
+        [_HEAP, _TAGS, c_size_t, c_size_t, c_void_p, c_void_p],
+    ),
+    # heap, tags, num_tags, two streams
+    "distcomm_sleep_heap_wake_up": (c_int, [_HEAP, _TAGS, c_size_t, c_void_p, c_void_p]),
+    "distcomm_sleep_heap_discard": (None, [_HEAP, _TAGS, c_size_t]),
+    "distcomm_sleep_heap_progress": (None, [_HEAP, POINTER(c_int64), POINTER(c_int64)]),
+    "distcomm_sleep_heap_trim_host": (c_size_t, [_HEAP]),
+    "distcomm_sleep_heap_usage": (None, [_HEAP, c_int64, c_void_p]),
+    "distcomm_sleep_heap_stats": (None, [_HEAP, c_void_p]),
+    "distcomm_sleep_heap_shut_down": (None, [_HEAP]),
 }
 
 
@@ -127,25 +157,39 @@ def _open_native(directory: Path) -> ctypes.CDLL:
     return library
 
 
-class NativeNccl:
+class NativeLibrary:
+    """The C++ library.
+
+    Attributes:
+        functions: its functions, with typed prototypes.
+        path: its file.
+
+    Raises:
+        NativeLibraryError: it isn't built, or doesn't match this code.
+    """
+
+    def __init__(self, *, directory: Path | None = None) -> None:
+        directory = directory or Path(__file__).parent
+        self.path = directory / _FILE_NAME
+        self.functions = _open_native(directory)
+
+
+class NativeNccl(NativeLibrary):
     """One libnccl as the C++ library calls it.
 
     Args:
         nccl_path: the libnccl to call; the same file that ctypes has loaded.
 
     Attributes:
-        functions: the C++ library's functions, with typed prototypes.
-        symbols: its table of NCCL's functions, which most of those take first.
-        path: the C++ library's file.
+        symbols: the C++ library's table of NCCL's functions, which most of its functions take
+            first.
 
     Raises:
         NativeLibraryError: the C++ library isn't built, or can't use that libnccl.
     """
 
     def __init__(self, nccl_path: str, *, directory: Path | None = None) -> None:
-        directory = directory or Path(__file__).parent
-        self.path = directory / _FILE_NAME
-        self.functions = _open_native(directory)
+        super().__init__(directory=directory)
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         self.symbols: int = self.functions.distcomm_nccl_open(
             nccl_path.encode(), error, _ERROR_BYTES

@@ -38,6 +38,15 @@ CudaDriver open_driver() {
   resolve(library, "cuMemMap", driver.mem_map);
   resolve(library, "cuMemSetAccess", driver.mem_set_access);
   resolve(library, "cuMemUnmap", driver.mem_unmap);
+  resolve(library, "cuMemCreate", driver.mem_create);
+  resolve(library, "cuMemAddressFree", driver.mem_address_free);
+  resolve(library, "cuMemGetAllocationGranularity", driver.mem_get_granularity);
+  resolve(library, "cuMemGetInfo_v2", driver.mem_get_info);
+  resolve(library, "cuMemHostAlloc", driver.mem_host_alloc);
+  resolve(library, "cuMemFreeHost", driver.mem_free_host);
+  resolve(library, "cuDeviceGetAttribute", driver.device_get_attribute);
+  resolve(library, "cuStreamSynchronize", driver.stream_synchronize);
+  resolve(library, "cuGetErrorString", driver.get_error_string);
   resolve(library, "cuMemcpy2DAsync_v2", driver.memcpy_2d_async);
   resolve(library, "cuStreamBatchMemOp_v2", driver.stream_batch_mem_op);
   return driver;
@@ -67,6 +76,15 @@ bool CudaDriver::can_map() const {
          mem_unmap != nullptr;
 }
 
+bool CudaDriver::can_sleep() const {
+  return device_primary_ctx_retain != nullptr && ctx_push_current != nullptr &&
+         ctx_pop_current != nullptr && ctx_synchronize != nullptr && memcpy_async != nullptr &&
+         mem_address_reserve != nullptr && mem_address_free != nullptr && mem_create != nullptr &&
+         mem_release != nullptr && mem_map != nullptr && mem_set_access != nullptr &&
+         mem_unmap != nullptr && mem_get_granularity != nullptr && mem_get_info != nullptr &&
+         mem_host_alloc != nullptr && mem_free_host != nullptr && stream_synchronize != nullptr;
+}
+
 bool CudaDriver::can_push() const {
   return complete() && memcpy_2d_async != nullptr && stream_batch_mem_op != nullptr;
 }
@@ -93,6 +111,19 @@ CudaContext::CudaContext(const CudaDriver& driver, int device) : driver_(driver)
 CudaContext::~CudaContext() {
   void* context = nullptr;
   if (current_) driver_.ctx_pop_current(&context);
+}
+
+RelaxedCapture::RelaxedCapture(const CudaDriver& driver)
+    : driver_(driver), mode_(2) {  // CU_STREAM_CAPTURE_MODE_RELAXED
+  exchange();
+}
+
+RelaxedCapture::~RelaxedCapture() { exchange(); }
+
+void RelaxedCapture::exchange() {
+  if (driver_.thread_exchange_capture_mode != nullptr) {
+    driver_.thread_exchange_capture_mode(&mode_);
+  }
 }
 
 bool synchronize(const CudaDriver& driver, int device) {

@@ -30,6 +30,19 @@ struct CudaMemAccess {  // CUmemAccessDesc
   int flags;
 };
 
+struct CudaMemProp {  // CUmemAllocationProp
+  int type;
+  int handle_types;
+  int location_type;
+  int location_id;
+  void* win32_data;
+  unsigned char compression;
+  unsigned char gpu_direct_rdma_capable;
+  unsigned short usage;
+  unsigned char reserved[4];
+};
+static_assert(sizeof(CudaMemProp) == 32 && offsetof(CudaMemProp, compression) == 24);
+
 struct CudaBatchMemOp {  // CUstreamBatchMemOpParams: the members of its 32-bit waits and writes
   int operation;
   DevicePointer address;
@@ -94,15 +107,26 @@ struct CudaDriver {
   CudaResult (*mem_map)(DevicePointer, size_t, size_t, CudaMemory, unsigned long long) = nullptr;
   CudaResult (*mem_set_access)(DevicePointer, size_t, const CudaMemAccess*, size_t) = nullptr;
   CudaResult (*mem_unmap)(DevicePointer, size_t) = nullptr;
+  CudaResult (*mem_create)(CudaMemory*, size_t, const CudaMemProp*, unsigned long long) = nullptr;
+  CudaResult (*mem_address_free)(DevicePointer, size_t) = nullptr;
+  CudaResult (*mem_get_granularity)(size_t*, const CudaMemProp*, int) = nullptr;
+  CudaResult (*mem_get_info)(size_t*, size_t*) = nullptr;
+  CudaResult (*mem_host_alloc)(void**, size_t, unsigned) = nullptr;
+  CudaResult (*mem_free_host)(void*) = nullptr;
+  CudaResult (*device_get_attribute)(int*, int, int) = nullptr;
+  CudaResult (*stream_synchronize)(CudaStream) = nullptr;
+  CudaResult (*get_error_string)(CudaResult, const char**) = nullptr;
   CudaResult (*memcpy_2d_async)(const CudaMemcpy2D*, CudaStream) = nullptr;
   CudaResult (*stream_batch_mem_op)(CudaStream, unsigned, CudaBatchMemOp*, unsigned) = nullptr;
 
-  // Whether there is a driver, with all functions but those that only the three below need.
+  // Whether there is a driver, with all functions but those that only the four below need.
   bool complete() const;
   // Whether it has what graphs with edge data need. Before CUDA 12.3 they had none.
   bool has_edge_data() const;
   // Whether it has what it takes to map memory at addresses of one's choice.
   bool can_map() const;
+  // Whether it has what memory that can sleep is made of.
+  bool can_sleep() const;
   // Whether it has what distcomm_push_rows needs. Before CUDA 11.7 batches had no version 2.
   bool can_push() const;
 };
@@ -128,6 +152,22 @@ class CudaContext {
  private:
   const CudaDriver& driver_;
   bool current_ = false;
+};
+
+// While one lives, this thread may allocate and free memory although a graph is captured, which the
+// driver may refuse otherwise.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(const CudaDriver& driver);
+  ~RelaxedCapture();
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  void exchange();
+
+  const CudaDriver& driver_;
+  int mode_;
 };
 
 // Waits for all work on a device. False if that isn't possible now, as while a graph is captured.

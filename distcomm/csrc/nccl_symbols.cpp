@@ -23,7 +23,7 @@ NcclSymbols::~NcclSymbols() {
 }  // namespace distcomm
 
 // Raised whenever a signature below changes; the Python side refuses another number.
-DISTCOMM_EXPORT int distcomm_abi_version() { return 4; }
+DISTCOMM_EXPORT int distcomm_abi_version() { return 5; }
 
 // Opens the libnccl at `path`. On failure returns NULL and writes the reason to `error`.
 // The caller owns the table and gives it back to distcomm_nccl_close.

@@ -18,6 +18,7 @@ using NcclResult = int;  // ncclResult_t: 0 is success
 
 inline constexpr NcclResult kNcclSuccess = 0;
 inline constexpr NcclResult kNcclUnhandledCudaError = 1;
+inline constexpr NcclResult kNcclInvalidUsage = 5;
 inline constexpr int kNcclUint8 = 1;         // ncclDataType_t
 inline constexpr int kNcclWinSymmetric = 1;  // NCCL_WIN_COLL_SYMMETRIC
 

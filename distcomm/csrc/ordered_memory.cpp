@@ -27,18 +27,48 @@ void* OrderedMemory::alloc(size_t size, NcclResult* result) {
 NcclResult OrderedMemory::free(void* pointer) {
   const auto found = mappings_.find(device_pointer(pointer));
   if (found == mappings_.end()) return nccl_.mem_free(pointer);
+  const NcclResult result = give_back(pointer);
+  if (result == kNcclSuccess) mappings_.erase(found);
+  return result;
+}
+
+NcclResult OrderedMemory::give_back(void* pointer) {
+  const auto found = mappings_.find(device_pointer(pointer));
+  if (found == mappings_.end()) return kNcclUnhandledCudaError;
   Mapping& mapping = found->second;
   if (mapping.memory != nullptr) {  // unless a call before this one got that far
     const NcclResult result = nccl_.mem_free(mapping.memory);
     if (result != kNcclSuccess) return result;
     mapping.memory = nullptr;
   }
+  if (!mapping.has_memory) return kNcclSuccess;
   // With this, its last mapping, the memory goes.
   const CudaContext context(driver_, device_);
   if (driver_.mem_unmap(found->first, mapping.size) != kCudaSuccess) {
     return kNcclUnhandledCudaError;
   }
-  mappings_.erase(found);
+  mapping.has_memory = false;
+  return kNcclSuccess;
+}
+
+NcclResult OrderedMemory::take_again(void* pointer) {
+  const auto found = mappings_.find(device_pointer(pointer));
+  if (found == mappings_.end()) return kNcclUnhandledCudaError;
+  Mapping& mapping = found->second;
+  if (mapping.has_memory) return kNcclSuccess;
+  void* memory = nullptr;
+  NcclResult result = nccl_.mem_alloc(&memory, mapping.size);
+  if (result != kNcclSuccess || memory == nullptr) {
+    return result != kNcclSuccess ? result : kNcclUnhandledCudaError;
+  }
+  const CudaContext context(driver_, device_);
+  if (mapped_size(memory) != mapping.size ||
+      map(found->first, mapping.size, memory) != kCudaSuccess) {
+    nccl_.mem_free(memory);
+    return kNcclUnhandledCudaError;
+  }
+  mapping.memory = memory;
+  mapping.has_memory = true;
   return kNcclSuccess;
 }
 
@@ -50,12 +80,8 @@ void* OrderedMemory::mapped(void* memory) {
   if (!reserve_range()) return nullptr;
   const CudaContext context(driver_, device_);
   if (!context.is_current()) return nullptr;
-  DevicePointer base = 0;
-  size_t size = 0;  // of NCCL's mapping, which may be larger than what it was asked for
-  const DevicePointer first = device_pointer(memory);
-  if (driver_.mem_get_address_range(&base, &size, first) != kCudaSuccess || base != first) {
-    return nullptr;
-  }
+  const size_t size = mapped_size(memory);
+  if (size == 0) return nullptr;
   DevicePointer address = range_;
   if (!mappings_.empty()) {
     const auto& [last, mapping] = *mappings_.rbegin();
@@ -65,6 +91,14 @@ void* OrderedMemory::mapped(void* memory) {
   if (map(address, size, memory) != kCudaSuccess) return nullptr;
   mappings_[address] = {memory, size};
   return reinterpret_cast<void*>(static_cast<uintptr_t>(address));
+}
+
+size_t OrderedMemory::mapped_size(void* memory) {
+  DevicePointer base = 0;
+  size_t size = 0;
+  const DevicePointer first = device_pointer(memory);
+  const CudaResult result = driver_.mem_get_address_range(&base, &size, first);
+  return result == kCudaSuccess && base == first ? size : 0;
 }
 
 bool OrderedMemory::reserve_range() {

@@ -32,17 +32,25 @@ class OrderedMemory {
   void* alloc(size_t size, NcclResult* result);
   // What it returned, and nothing but that. On failure it is as it was.
   NcclResult free(void* pointer);
+  // Gives the memory back, but not its address. Only what is mapped has one of its own. On failure
+  // it may be tried again, and take_again() has nothing to do.
+  NcclResult give_back(void* pointer);
+  // Memory at the address again, its content undefined.
+  NcclResult take_again(void* pointer);
   // Whether something that alloc() returned lies in the range.
   bool is_mapped(void* pointer) const;
 
  private:
   struct Mapping {
-    void* memory;  // NCCL's address
+    void* memory;  // NCCL's address; NULL once it is freed
     size_t size;
+    bool has_memory = true;
   };
 
   // The second address of memory; NULL where there is none.
   void* mapped(void* memory);
+  // Bytes of NCCL's mapping that begins there, which may be more than it was asked for; 0 if none.
+  size_t mapped_size(void* memory);
   bool reserve_range();
   CudaResult map(DevicePointer address, size_t size, void* memory);
 

@@ -18,24 +18,6 @@ size_t rounded_up(size_t size) {
   return size >= kLargest ? kLargest : (size + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// Lets this thread allocate while it captures a graph, which the driver may otherwise refuse.
-class RelaxedCapture {
- public:
-  explicit RelaxedCapture(const CudaDriver& driver) : driver_(driver) { exchange(); }
-  ~RelaxedCapture() { exchange(); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  void exchange() {
-    if (driver_.thread_exchange_capture_mode != nullptr) {
-      driver_.thread_exchange_capture_mode(&mode_);
-    }
-  }
-  const CudaDriver& driver_;
-  int mode_ = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
-};
-
 }  // namespace
 
 SegmentHeap::SegmentHeap(const NcclSymbols& nccl, const CudaDriver& driver, int device,
@@ -57,6 +39,12 @@ void* SegmentHeap::alloc(size_t size, CudaStream stream) {
   if (!range && !capturing && deferring && settle()) range = take(size);
   const Lock lock(mutex_);
   ++counters_.allocations;
+  if (asleep_) {  // since a range was taken, or before
+    if (range) take_back(*range);
+    ++counters_.failed_allocations;
+    fail(FailureKind::kAsleep, size, kNcclSuccess, "the symmetric memory is asleep");
+    return nullptr;
+  }
   if (!range) {  // unless another thread has made room meanwhile
     range = ranges_.take(size);
     if (range) counters_.bytes_used += static_cast<int64_t>(size);
@@ -129,8 +117,13 @@ std::optional<Range> SegmentHeap::take(size_t size) {
   return range;
 }
 
+void SegmentHeap::take_back(const Range& range) {
+  counters_.bytes_used -= static_cast<int64_t>(ranges_.give_back(range.ordinal, range.offset));
+}
+
 void* SegmentHeap::borrow(size_t size) {
   const Lock lock(mutex_);
+  if (asleep_) return nullptr;
   const std::optional<Range> range = ranges_.take(std::max(rounded_up(size), kAlignment));
   return range ? segments_.at(range->ordinal).base + range->offset : nullptr;
 }
@@ -177,6 +170,51 @@ void SegmentHeap::trim() {
 void SegmentHeap::shut_down() {
   const Lock lock(mutex_);
   shut_down_ = true;
+}
+
+NcclResult SegmentHeap::fall_asleep(int64_t* bytes) {
+  *bytes = 0;
+  t_failure = AllocationFailure{};
+  const Lock lock(mutex_);
+  for (const auto& [ordinal, segment] : segments_) {
+    const char* const problem = segment.num_pins > 0 ? "is being registered"
+                                : !memory_.is_mapped(segment.base)
+                                    ? "lies at NCCL's own address, which would not stay"
+                                    : nullptr;
+    if (problem == nullptr && !has_windows(ordinal)) continue;
+    fail(FailureKind::kNccl, segment.size, kNcclInvalidUsage,
+         "segment " + std::to_string(ordinal) + " " +
+             (problem != nullptr ? problem : "still has windows"));
+    return kNcclInvalidUsage;
+  }
+  asleep_ = true;
+  NcclResult result = kNcclSuccess;
+  for (const auto& [ordinal, segment] : segments_) {
+    const NcclResult given = memory_.give_back(segment.base);
+    if (given == kNcclSuccess) {
+      *bytes += static_cast<int64_t>(segment.size);
+    } else if (result == kNcclSuccess) {
+      result = given;
+      fail(FailureKind::kNccl, segment.size, given, nccl_text("ncclMemFree", given));
+    }
+  }
+  return result;
+}
+
+NcclResult SegmentHeap::wake_up() {
+  t_failure = AllocationFailure{};
+  const Lock lock(mutex_);
+  for (auto entry = segments_.begin(); entry != segments_.end(); ++entry) {
+    const NcclResult result = memory_.take_again(entry->second.base);
+    if (result == kNcclSuccess) continue;
+    fail(FailureKind::kNccl, entry->second.size, result, nccl_text("ncclMemAlloc", result));
+    for (auto taken = segments_.begin(); taken != entry; ++taken) {
+      memory_.give_back(taken->second.base);
+    }
+    return result;
+  }
+  asleep_ = false;
+  return kNcclSuccess;
 }
 
 bool SegmentHeap::find(NcclComm comm, const void* pointer, Location* location) {
@@ -241,6 +279,10 @@ void* SegmentHeap::make_memory(size_t size) {
 }
 
 bool SegmentHeap::make_segment(size_t size, SegmentKind kind) {
+  if (asleep_) {
+    fail(FailureKind::kAsleep, size, kNcclInvalidUsage, "the symmetric memory is asleep");
+    return false;
+  }
   char* const base = static_cast<char*>(make_memory(size));
   if (base == nullptr) return false;
   const int64_t ordinal = next_ordinal_++;
@@ -346,6 +388,13 @@ std::string SegmentHeap::nccl_text(const char* call, NcclResult code) const {
   }
   const char* const last = nccl_.last_error != nullptr ? nccl_.last_error(nullptr) : nullptr;
   return last != nullptr && *last != '\0' ? text + ": " + last : text;
+}
+
+bool SegmentHeap::has_windows(int64_t ordinal) const {
+  return std::any_of(comms_.begin(), comms_.end(), [ordinal](const auto& entry) {
+    const auto window = entry.second->windows.find(ordinal);
+    return window != entry.second->windows.end() && window->second != nullptr;
+  });
 }
 
 std::optional<int64_t> SegmentHeap::ordinal_at(const void* pointer) const {

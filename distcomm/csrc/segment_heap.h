@@ -29,6 +29,7 @@ enum class FailureKind : int64_t {
   kNone = 0,
   kNccl = 1,       // ncclMemAlloc failed
   kCapturing = 2,  // a new segment would have been needed while a CUDA graph is captured
+  kAsleep = 3,     // all segments are without memory
 };
 
 // Why the latest allocation of this thread failed.
@@ -112,6 +113,14 @@ class SegmentHeap {
   // The process is about to end: memory given back stays as it is.
   void shut_down();
 
+  // Gives back the memory of all segments; their addresses stay, and what is carved out of them.
+  // No communicator may have windows any more, and nothing may use the memory. From then on
+  // nothing can be allocated, whether it returns an error or not. `bytes`: how many were given
+  // back.
+  NcclResult fall_asleep(int64_t* bytes);
+  // Memory for all segments again, its content undefined. On an error none has.
+  NcclResult wake_up();
+
   // How many segments `comm` hasn't seen: one lock and one compare if there are none.
   size_t num_new(NcclComm comm);
   // Those segments. They aren't freed before unpin(), so that all ranks register the same.
@@ -182,6 +191,8 @@ class SegmentHeap {
   void fail(FailureKind kind, size_t size, NcclResult code, const std::string& text);
   std::string nccl_text(const char* call, NcclResult code) const;
   std::vector<int64_t> unseen(const Comm& comm, int64_t through) const;
+  void take_back(const Range& range);
+  bool has_windows(int64_t ordinal) const;
   std::optional<int64_t> ordinal_at(const void* pointer) const;
 
   const NcclSymbols& nccl_;
@@ -191,6 +202,7 @@ class SegmentHeap {
 
   std::mutex mutex_;  // guards all below
   bool frozen_ = false;
+  bool asleep_ = false;
   bool shut_down_ = false;
   bool defers_frees_ = false;
   int64_t next_ordinal_ = 0;

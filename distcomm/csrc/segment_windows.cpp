@@ -131,17 +131,30 @@ NcclResult SegmentHeap::abandon(NcclComm comm, const std::vector<int64_t>& ordin
 }
 
 NcclResult SegmentHeap::release_comm(NcclComm comm, bool deregister) {
-  const Lock lock(mutex_);
-  const auto found = comms_.find(comm);
-  if (found == comms_.end()) return kNcclSuccess;
+  std::map<int64_t, NcclWindow> windows;
+  std::vector<int64_t> pinned;
+  {
+    const Lock lock(mutex_);
+    const auto found = comms_.find(comm);
+    if (found == comms_.end()) return kNcclSuccess;
+    windows = std::move(found->second->windows);
+    pinned = std::move(found->second->pinned);
+    comms_.erase(found);
+    for (const auto& [ordinal, window] : windows) {  // their memory stays until they have ended
+      const auto segment = segments_.find(ordinal);
+      if (segment == segments_.end()) continue;
+      ++segment->second.num_pins;
+      pinned.push_back(ordinal);
+    }
+  }
+  // Without the lock: a call that gets stuck is not to keep others from allocating.
   NcclResult result = kNcclSuccess;
-  for (const auto& [ordinal, window] : found->second->windows) {
+  for (const auto& [ordinal, window] : windows) {
     if (!deregister || window == nullptr) continue;
     const NcclResult ended = nccl_.window_deregister(comm, window);
     if (result == kNcclSuccess) result = ended;
   }
-  const std::vector<int64_t> pinned = found->second->pinned;
-  comms_.erase(found);
+  const Lock lock(mutex_);
   unpin_all(pinned);
   return result;
 }

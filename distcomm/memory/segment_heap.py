@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 ALIGNMENT = 2 << 20  # bytes: of every segment, and of every range carved out of one
-_KINDS = ("none", "nccl", "capturing")
+_KINDS = ("none", "nccl", "capturing", "asleep")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class AllocationFailure:
     """Why this thread's latest allocation or registration failed.
 
     Attributes:
-        kind: ``"nccl"``, or ``"capturing"`` where a new segment would have been needed while a
-            CUDA graph is captured.
+        kind: ``"nccl"``; ``"capturing"`` where a new segment would have been needed while a CUDA
+            graph is captured; ``"asleep"`` where the segments have no memory now.
         num_bytes: what was asked for.
         code: NCCL's error code; 0 if NCCL wasn't called.
         text: the reason, with NCCL's own text.
@@ -222,6 +222,22 @@ class SegmentHeap:
     def shut_down(self) -> None:
         """The process ends: from now on memory given back stays as it is."""
         self._native.distcomm_heap_shut_down(self.handle)
+
+    def fall_asleep(self) -> tuple[int, AllocationFailure | None]:
+        """Gives the segments' memory back, but not their addresses; nothing can be allocated then.
+
+        No communicator may have windows any more. Its content is lost.
+
+        Returns:
+            How many bytes were given back, and why not all.
+        """
+        num_bytes = c_int64()
+        code = self._native.distcomm_heap_fall_asleep(self.handle, ctypes.byref(num_bytes))
+        return num_bytes.value, self.take_failure() if code else None
+
+    def wake_up(self) -> AllocationFailure | None:
+        """Memory for all segments again, or for none, and why."""
+        return self.take_failure() if self._native.distcomm_heap_wake_up(self.handle) else None
 
     # ---- windows ----------------------------------------------------------------------------
 

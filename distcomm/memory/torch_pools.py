@@ -1,4 +1,4 @@
-"""torch's memory pools over the segment heap: how they are made, entered and ended."""
+"""torch's memory pools over an allocator of ours: how they are made, entered and ended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..native import NativeNccl
+from ..native import NativeLibrary
 from .alloc_conf import expandable_segments_off
 
 __all__ = ["TorchPool", "TorchPools"]
@@ -24,16 +24,16 @@ _OWN_USES = 2  # a pool's MemPool's, and one more
 
 
 @functools.cache
-def _torch_allocator(path: str) -> torch._C._cuda_CUDAAllocator:
-    """torch's name for the heap's two functions; kept, as tensors may outlive every pool."""
-    functions = "distcomm_torch_alloc", "distcomm_torch_free"
+def _torch_allocator(path: str, prefix: str) -> torch._C._cuda_CUDAAllocator:
+    """torch's name for a heap's two functions; kept, as tensors may outlive every pool."""
+    functions = f"{prefix}_alloc", f"{prefix}_free"
     allocator: torch._C._cuda_CUDAAllocator
     allocator = torch.cuda.memory.CUDAPluggableAllocator(path, *functions).allocator()
     return allocator
 
 
 class TorchPool:
-    """One of torch's pools over the heap. Nothing that it refers to may refer to it: its memory
+    """One of torch's pools over a heap. Nothing that it refers to may refer to it: its memory
     has to go when its last user does, at the same point on every rank, not at a collection.
 
     It has one use of its own besides the MemPool's. torch empties a pool whose MemPool goes with
@@ -42,7 +42,7 @@ class TorchPool:
 
     Attributes:
         id: torch's.
-        generation: the routing's when this one was made; an older one isn't used again.
+        generation: its maker's when this one was made; an older one isn't used again.
         mem_pool: torch's object; None once the pool has been dropped.
         is_begun: whether a thread allocates from it.
         num_entered: in how many contexts it is what was entered, suspended ones included.
@@ -69,14 +69,17 @@ class TorchPools:
     """Makes and ends pools of one device.
 
     Args:
-        nccl: the binding to the C++ library, which has the allocator's functions.
+        native: the C++ library, which has the allocator's functions.
         device: where memory is allocated.
+        prefix: of the names of those functions.
     """
 
-    def __init__(self, nccl: NativeNccl, device: torch.device) -> None:
+    def __init__(
+        self, native: NativeLibrary, device: torch.device, prefix: str = "distcomm_torch"
+    ) -> None:
         self._device = device
         self._device_index = device.index
-        self._allocator = _torch_allocator(str(nccl.path))
+        self._allocator = _torch_allocator(str(native.path), prefix)
         self._never_used: TorchPool | None = None
 
     def make(self, generation: int = 0) -> TorchPool:

@@ -217,3 +217,13 @@ SIMULATED_API int cuMemcpyAsync(unsigned long long to, unsigned long long from, 
 SIMULATED_API int cuMemGetInfo_v2(size_t* free, size_t* total) {
   return cudaMemGetInfo(free, total);
 }
+
+SIMULATED_API int cuMemHostAlloc(void** pointer, size_t num_bytes, unsigned) {
+  return cudaHostAlloc(pointer, num_bytes, 0);
+}
+
+SIMULATED_API int cuMemFreeHost(void* pointer) { return cudaFreeHost(pointer); }
+
+SIMULATED_API int cuStreamSynchronize(void* stream) {
+  return cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
+}
