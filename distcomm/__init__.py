@@ -34,6 +34,7 @@ from .errors import (
     NotInitializedError,
     PeerCopyError,
     PlanMismatchError,
+    SleepError,
     SymmetricMemoryError,
     SymmetricMismatchError,
 )
@@ -41,7 +42,15 @@ from .group import GroupCoordinator
 from .group_memory import GraphCapture
 from .handles import AsyncHandle
 from .layout import ParallelLayout
-from .memory import SymmetricOutOfMemoryError, SymmetricPool
+from .memory import (
+    HostMemoryError,
+    SleepablePool,
+    SleepOutOfMemoryError,
+    Slept,
+    SymmetricOutOfMemoryError,
+    SymmetricPool,
+    TagUsage,
+)
 from .nccl import NcclLibrary, PyNcclCommunicator
 from .parallel_state import (
     ParallelState,
@@ -59,6 +68,7 @@ from .parallel_state import (
     init_distributed,
     is_initialized,
 )
+from .sleeping import SleepReport, sleep, wake_up
 from .symmetric import suspend_symmetric_memory, use_symmetric_memory
 
 __version__ = "0.1.0"
@@ -76,6 +86,7 @@ __all__ = [
     "GroupClosedError",
     "GroupCoordinator",
     "GroupMember",
+    "HostMemoryError",
     "InitializationError",
     "KvGather",
     "LaunchError",
@@ -91,10 +102,16 @@ __all__ = [
     "PipelinedKvGather",
     "PlanMismatchError",
     "PyNcclCommunicator",
+    "SleepError",
+    "SleepOutOfMemoryError",
+    "SleepReport",
+    "SleepablePool",
+    "Slept",
     "SymmetricMemoryError",
     "SymmetricMismatchError",
     "SymmetricOutOfMemoryError",
     "SymmetricPool",
+    "TagUsage",
     "__version__",
     "all_gather_kv",
     "all_gather_kv_into_cache",
@@ -111,7 +128,9 @@ __all__ = [
     "graph_capture",
     "init_distributed",
     "is_initialized",
+    "sleep",
     "suspend_symmetric_memory",
     "symmetric",
     "use_symmetric_memory",
+    "wake_up",
 ]

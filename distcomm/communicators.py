@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from .backends import KernelCollectives
 from .errors import GroupClosedError, GroupMember
-from .memory import GroupWindows, PeerChannel, SymmetricPool
+from .memory import ASLEEP, GroupWindows, PeerChannel, SymmetricPool
 from .nccl import (
     FREE_S,
     KnownIssues,
@@ -111,6 +111,7 @@ class GroupCommunicators:
         self.channel: PeerChannel | str | None = None
         self.kernels: KernelCollectives | None = None
         self.no_kernels: str | None = None
+        self._sleeping_kernels: KernelCollectives | None = None
         if member.world_size == 1:
             return
         try:
@@ -127,6 +128,11 @@ class GroupCommunicators:
         except Exception:
             self.close()
             raise
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks, in group order."""
+        return self._member.ranks
 
     @property
     def cpu_group(self) -> dist.ProcessGroup:
@@ -168,6 +174,70 @@ class GroupCommunicators:
             self._member = replace(self._member, name="/".join([*names, name]))
             if self.pynccl is not None:
                 self.pynccl.member = self._member
+
+    def note_capture(self, *tensors: torch.Tensor | None) -> None:
+        """A CUDA graph captures a collective of these tensors, whose windows have to stay then."""
+        pool, windows = self._job.symmetric_pool, self.windows
+        if pool is None or windows is None:
+            return
+        if any(tensor is not None and windows.is_symmetric(tensor) for tensor in tensors):
+            pool.routing.note_current_capture()
+
+    def fall_asleep(self) -> str | None:
+        """Ends windows and all that writes to peers' memory, until `wake_up`; or why not. Local.
+
+        Collectives go on, through NCCL. Nothing may be under way, on any rank.
+        """
+        if self.windows is None:
+            return None
+        self._sleeping_kernels, self.kernels = self.kernels, None
+        if isinstance(self.channel, PeerChannel):
+            self.channel.pause()
+        return self.windows.fall_asleep()
+
+    def wake_up(self) -> None:
+        """Undoes `fall_asleep`, with memory in place again. Collective among the group's ranks.
+
+        Raises:
+            SymmetricMismatchError: a rank didn't come, or NCCL didn't register on all.
+        """
+        if self.windows is None:
+            return
+        kernels, self._sleeping_kernels = self._sleeping_kernels, None
+        if kernels is not None:
+            self.no_kernels = "waking up has failed"
+        self.windows.wake_up()
+        if isinstance(self.channel, PeerChannel):
+            self.channel.reopen()
+        if kernels is not None:
+            self.no_kernels = kernels.reopen()
+            self.kernels = kernels if self.no_kernels is None else None
+
+    def give_up(self, what: str) -> None:
+        """For good, as it has failed on one of the ranks. Local.
+
+        Args:
+            what: ``"windows"``, whose end has failed, or ``"nccl"``, for suspending or resuming.
+        """
+        reason = f"its {what} could not sleep or wake up on all ranks"
+        if self.windows is not None and self.windows.unsupported in (None, ASLEEP):
+            self.windows.unsupported = reason
+        if self.pynccl is not None and what == "nccl":
+            self.pynccl.break_off(reason)
+
+    def suspend(self) -> int | str:
+        """Gives back the GPU memory that NCCL can do without, until `resume`; bytes, or why none.
+
+        To be called by all ranks alike: after a failure the communicator is of no use any more.
+        """
+        comm = self.pynccl
+        if comm is None:
+            return "it has no NCCL communicator"
+        if not comm.nccl.supports("comm_suspend"):
+            return f"NCCL {comm.nccl.version_text} can't suspend it; 2.29.7 and newer can"
+        if self.windows is not None and self.windows.unsupported is None:
+            return "it has windows of symmetric memory, which sleep(symmetric=True) ends"
+        return comm.suspend()
 
     def close(self) -> None:
         """Closes everything that was made here. Idempotent; bounded by the timeout."""

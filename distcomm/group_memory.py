@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -26,6 +26,7 @@ from .kernels import (
     signal_bytes,
 )
 from .memory import (
+    ASLEEP,
     CaptureLog,
     InactiveContext,
     MemoryContext,
@@ -192,6 +193,9 @@ class GroupMemory:
         """
         if self._memory_closed:
             return "the group is closed"
+        pool = self._job.symmetric_pool
+        if pool is not None and pool.asleep:
+            return ASLEEP
         if self._communicators.channel is None:
             self._communicators.channel = self._open_peer_channel()
         channel = self._communicators.channel
@@ -220,7 +224,7 @@ class GroupMemory:
     def use_table(self, table: AlgorithmTable) -> None:
         """From now on kernels are chosen by `table`, which has to be the same on all ranks."""
         if self._communicators.kernels is not None:
-            self._communicators.kernels = replace(self._communicators.kernels, table=table)
+            self._communicators.kernels.use_table(table)
 
     def announce(self, op: str, *tensors: torch.Tensor) -> None:
         """To be called before a collective that writes to the same place of every rank's tensors.
@@ -258,12 +262,12 @@ class GroupMemory:
         """
         windows, pool = self._communicators.windows, self._job.symmetric_pool
         self.count_capture()
-        if symmetric and (windows is None or pool is None):
+        if symmetric and (windows is None or windows.unsupported is not None):
             self._inactive[self._why_inactive(True)] += 1
         if windows is not None and pool is not None:
             if self.member.world_size == len(self._job.hosts):
                 pool.settle(self.member.world_size)
-            elif not pool.frozen:
+            elif not pool.frozen and not pool.asleep:
                 windows.count_common()
                 windows.register_common()
         with capture_stream(self._job, stream, symmetric) as capture, self.capturing():
@@ -341,6 +345,9 @@ class GroupMemory:
     def _why_no_kernels(self) -> str | None:
         if self._job.device.type == "cuda" and self._job.tune == "nccl":
             return "none: tune='nccl'"
+        pool = self._job.symmetric_pool
+        if pool is not None and pool.asleep:
+            return f"none: {ASLEEP}"
         reason = self._communicators.no_kernels
         return None if reason is None else f"none: {reason}"
 
@@ -381,6 +388,8 @@ def capture_stream(
         )
     stream = torch.cuda.Stream(job.device) if stream is None else stream
     pool = job.symmetric_pool if symmetric else None
+    if pool is not None and pool.asleep:
+        pool = None
     number, graph_pool = (0, None) if pool is None else pool.routing.open_graph_pool()
     current = torch.cuda.current_stream(job.device)
     stream.wait_stream(current)

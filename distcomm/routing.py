@@ -111,6 +111,8 @@ class Router:
         kernels = self._communicators.kernels
         if kernels is not None and on_cuda and reduction == "sum" and op in _TUNED:
             algorithm = kernels.algorithm(_TUNED[op], x, output)
+        if on_cuda and torch._C._cuda_isCurrentStreamCapturing():
+            self._communicators.note_capture(x, output)
         enabled = pynccl is not None and pynccl.enabled
         key = (op, on_cuda, enabled, bool(self._observers), algorithm)
         route = self._routes.get(key)

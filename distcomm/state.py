@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 import torch
+from torch.distributed import distributed_c10d as c10d
 
 from .algorithms import AlgorithmTable
 from .backends import KernelCollectives
@@ -21,18 +22,20 @@ from .errors import (
     GroupClosedError,
     GroupMember,
     InitializationError,
+    SleepError,
 )
 from .group import GroupCoordinator
 from .group_memory import CHANNEL_BYTES, GraphCapture, capture_stream
 from .kernels import MOST_RANKS
 from .layout import ParallelLayout
-from .memory import MemoryContext, SymmetricPool
+from .memory import ASLEEP, MemoryContext, SymmetricPool
 from .process_groups import (
     collective_errors,
     create_default_process_group,
     destroy_default_process_group,
 )
 from .rendezvous import Launch, pass_stage
+from .sleep_steps import SleepSteps
 from .waiting import run_bounded
 
 __all__ = ["ParallelState"]
@@ -53,6 +56,7 @@ class ParallelState:
         rank, world_size, local_rank, device: this process's place.
         world, tp, cp, attn_tp, pp, dp, ep, moe_tp: the groups.
         symmetric_pool: this process's symmetric memory; None where there can't be any.
+        sleep_steps: how the ranks fall asleep and wake up in step.
     """
 
     world: GroupCoordinator
@@ -73,6 +77,9 @@ class ParallelState:
         self.local_rank = job.local_rank
         self.device = job.device
         self.symmetric_pool: SymmetricPool | None = job.symmetric_pool
+        self.sleep_steps = SleepSteps(
+            c10d.PrefixStore("sleep", job.store), launch.rank, launch.world_size, job.timeout_s
+        )
         self._job = job
         self._groups: dict[str, GroupCoordinator] = {}
         self._communicators: dict[tuple[int, ...], GroupCommunicators] = {}
@@ -107,6 +114,26 @@ class ParallelState:
         """All groups of this rank by name, also those of `create_group`."""
         return dict(self._groups)
 
+    @property
+    def communicators(self) -> list[GroupCommunicators]:
+        """What the groups communicate through, each once, in the order of their making."""
+        return list(self._communicators.values())
+
+    def wait_for_device(self) -> None:
+        """Waits for all work that this rank's GPU has been given; bounded by the timeout.
+
+        Raises:
+            SleepError: it takes longer.
+        """
+
+        def wait() -> None:
+            torch.cuda.synchronize(self.device)
+
+        try:
+            run_bounded(wait, timeout_s=self._job.timeout_s, what="the work under way")
+        except TimeoutError as error:
+            raise SleepError(f"{error} [rank {self.rank}, {self.device}]") from error
+
     def create_group(self, name: str, ranks: Sequence[int]) -> GroupCoordinator:
         """Makes another group, of any ranks. Collective among `ranks` only; returns on none of them
         before all have made it.
@@ -119,9 +146,12 @@ class ParallelState:
             ArgumentError: the name is taken, or `ranks` can't form a group.
             CollectiveError, SymmetricMismatchError: a member didn't come within the timeout.
             GroupClosedError: the state is closed.
+            SleepError: the symmetric memory is asleep.
         """
         if self._closed:
             raise GroupClosedError(f"create_group: the state is closed [rank {self.rank}]")
+        if self.symmetric_pool is not None and self.symmetric_pool.asleep:
+            raise SleepError(f"create_group: {ASLEEP}: wake_up() first [rank {self.rank}]")
         if name in self._groups:
             raise ArgumentError(
                 "name", "a new group name", f"{name!r} [rank {self.rank}]", call="create_group"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -46,9 +46,11 @@ _MOST_BYTES: dict[tuple[str, str], Callable[[int], int]] = {
 _NORMS = {"one_shot_push": one_shot_rms_norm, "two_shot_push": two_shot_rms_norm}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class KernelCollectives:
     """What one set of ranks needs for collectives by kernels.
+
+    Backends keep it, so a change of what it has is a change of all of them.
 
     Attributes:
         boxes: the ranks' mailboxes.
@@ -64,6 +66,24 @@ class KernelCollectives:
     _choices: dict[tuple[str, int, torch.dtype, bool], tuple[str | None, str | None]] = field(
         default_factory=dict, init=False
     )
+
+    def use_table(self, table: AlgorithmTable) -> None:
+        """From now on algorithms are chosen by `table`."""
+        self.table = table
+        self._choices.clear()
+
+    def reopen(self) -> str | None:
+        """After the channel was: mailboxes are where it says now. Local; or why there are none."""
+        self._choices.clear()
+        self.__dict__.pop("peers", None)
+        if self.channel.problem is not None:
+            return self.channel.problem
+        if not self.channel.mailboxes:
+            return "the ranks' mailboxes are not evenly spaced"
+        self.boxes = replace(self.boxes, base=self.channel.mailboxes, stride=self.channel.stride)
+        self.boxes.turns.zero_()  # mailboxes are empty, as at first
+        torch.cuda.current_stream(self.boxes.turns.device).synchronize()
+        return None
 
     def backend(
         self, op: str, algorithm: str, nccl: Backend, member: GroupMember, device: torch.device

@@ -96,15 +96,15 @@ bool SleepHeap::free(void* pointer, CudaStream stream) {
   if (!lock.owns_lock() || capturing) return true;
   const CudaContext context(driver_, device_);
   const RelaxedCapture relaxed(driver_);
-  const int64_t unknown = counters_.unknown_frees;
-  if (context.is_current()) release_pending();
-  return counters_.unknown_frees == unknown;
+  if (!context.is_current()) return true;
+  const std::vector<void*> unknown = release_pending();
+  return std::find(unknown.begin(), unknown.end(), pointer) == unknown.end();
 }
 
 void SleepHeap::settle() {
   const Lock lock(mutex_);
   const CudaContext context(driver_, device_);
-  if (context.is_current() && !shut_down_) release_pending();
+  if (context.is_current()) release_pending();
 }
 
 SleepFailure SleepHeap::take_failure() {
@@ -236,6 +236,7 @@ CudaResult SleepHeap::reserve(size_t size, DevicePointer* address, Block* block)
     if (result == kCudaSuccess) continue;
     t_failure.needed_bytes = static_cast<int64_t>(block->size);
     release(*address, *block);
+    update_free_bytes();
     return result;
   }
   return kCudaSuccess;
@@ -282,13 +283,14 @@ bool SleepHeap::release(DevicePointer address, Block& block) {
   return released;
 }
 
-void SleepHeap::release_pending() {
-  std::vector<void*> pending;
+std::vector<void*> SleepHeap::release_pending() {
+  if (shut_down_) return {};
+  std::vector<void*> pending, unknown;
   {
     const Lock lock(pending_mutex_);
     std::swap(pending, pending_);
   }
-  if (pending.empty()) return;
+  if (pending.empty()) return unknown;
   const bool waits = std::any_of(pending.begin(), pending.end(), [this](void* pointer) {
     const auto block = blocks_.find(device_pointer(pointer));
     return block != blocks_.end() &&
@@ -304,6 +306,7 @@ void SleepHeap::release_pending() {
     const auto block = blocks_.find(device_pointer(pointer));
     if (block == blocks_.end()) {
       ++counters_.unknown_frees;
+      unknown.push_back(pointer);
     } else if (release(block->first, block->second)) {
       blocks_.erase(block);
     } else {
@@ -313,6 +316,7 @@ void SleepHeap::release_pending() {
   }
   const Lock lock(pending_mutex_);
   pending_.insert(pending_.end(), kept.begin(), kept.end());
+  return unknown;
 }
 
 std::vector<SleepHeap::Chunk*> SleepHeap::chunks_of(const std::vector<int64_t>& tags, bool asleep) {
@@ -382,10 +386,11 @@ CudaResult SleepHeap::offload(const std::vector<Chunk*>& chunks,
   if (result == kCudaSuccess) return result;
   // Back to where it was, as far as the driver lets it.
   const SleepFailure failure = t_failure;
-  wait_for(streams);
+  const bool has_ended = wait_for(streams) == kCudaSuccess;
   restore({chunks.begin(), chunks.begin() + num_unmapped}, streams);
+  // Neither what still has the only copy of the content, nor what one may still be written to.
   for (Chunk* const chunk : chunks) {
-    if (chunk->memory != 0) drop_host(*chunk);
+    if (has_ended && !chunk->is_offloaded) drop_host(*chunk);
   }
   t_failure = failure;
   return result;
@@ -429,8 +434,13 @@ CudaResult SleepHeap::restore(const std::vector<Chunk*>& chunks,
   if (result != kCudaSuccess) {
     SleepFailure failure = t_failure;
     failure.needed_bytes = static_cast<int64_t>(needed);
-    for (size_t i = 0; i < num_mapped; ++i) unmap(*chunks[i]);
+    // What a copy may still be using keeps its memory, until it is tried again.
+    const bool has_ended = waited == kCudaSuccess || wait_for(streams) == kCudaSuccess;
+    for (size_t i = 0; i < num_mapped; ++i) {
+      if (has_ended || !chunks[i]->is_offloaded) unmap(*chunks[i]);
+    }
     t_failure = failure;
+    update_free_bytes();
     return result;
   }
   for (Chunk* const chunk : chunks) drop_host(*chunk);
@@ -461,6 +471,13 @@ CudaResult SleepHeap::fail(const char* call, CudaResult code, size_t needed) {
     t_failure.free_bytes = static_cast<int64_t>(num_free);
   }
   return code;
+}
+
+void SleepHeap::update_free_bytes() {
+  size_t num_free = 0, all = 0;
+  if (t_failure.free_bytes >= 0 && driver_.mem_get_info(&num_free, &all) == kCudaSuccess) {
+    t_failure.free_bytes = static_cast<int64_t>(num_free);
+  }
 }
 
 void SleepHeap::note(const std::string& text, size_t needed) {

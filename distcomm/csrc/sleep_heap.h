@@ -114,7 +114,8 @@ class SleepHeap {
   CudaResult map(Chunk& chunk);
   CudaResult unmap(Chunk& chunk);
   bool release(DevicePointer address, Block& block);
-  void release_pending();
+  // What of it is no block.
+  std::vector<void*> release_pending();
   std::vector<Chunk*> chunks_of(const std::vector<int64_t>& tags, bool asleep);
   CudaResult prepare_locked(const std::vector<int64_t>& tags);
   void drop_host(Chunk& chunk);
@@ -124,6 +125,8 @@ class SleepHeap {
 
   CudaResult fail(const char* call, CudaResult code, size_t needed = 0);
   void note(const std::string& text, size_t needed);
+  // To what there is once a failed call has been undone.
+  void update_free_bytes();
   CudaMemProp properties() const;
 
   const CudaDriver& driver_;

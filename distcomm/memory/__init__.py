@@ -14,9 +14,10 @@ from .symmetric_context import (
     SymmetricMemoryContext,
 )
 from .symmetric_pool import SymmetricOutOfMemoryError, SymmetricPool, parse_num_bytes
-from .windows import GroupWindows
+from .windows import ASLEEP, GroupWindows
 
 __all__ = [
+    "ASLEEP",
     "AllocatorSettings",
     "CaptureLog",
     "GroupWindows",

@@ -18,7 +18,7 @@ from .peer_memory import copy_bounded
 from .segment_heap import HeapLocation
 from .symmetric_context import SuspendedContext
 from .symmetric_pool import SymmetricPool
-from .windows import GroupWindows
+from .windows import ASLEEP, GroupWindows
 
 __all__ = ["PeerChannel"]
 
@@ -61,6 +61,11 @@ class PeerChannel:
         SymmetricMemoryError: during a capture, where no rank may wait for another one.
     """
 
+    deltas: list[int]
+    deltas_table: torch.Tensor
+    kernel_signals: torch.Tensor
+    problem: str | None
+
     def __init__(
         self,
         pool: SymmetricPool,
@@ -71,6 +76,7 @@ class PeerChannel:
         timeout_s: float,
     ) -> None:
         self._windows = windows
+        self._pool = pool
         self._device = pool.device
         self._native = windows.comm.native
         self._watch = CaptureWatch(self._native)
@@ -87,12 +93,9 @@ class PeerChannel:
                     f"{_CALL}: a group's first write to its peers' memory can't be captured: make "
                     f"the call once before the capture [{windows.member}]"
                 )
-            self._open(pool, num_kernel_bytes, num_mailbox_bytes)
+            self._open(num_kernel_bytes, num_mailbox_bytes)
 
-    def _open(self, pool: SymmetricPool, num_kernel_bytes: int, num_mailbox_bytes: int) -> None:
-        self.deltas: list[int] = []
-        self.stride = 0
-        self.mailboxes = 0
+    def _open(self, num_kernel_bytes: int, num_mailbox_bytes: int) -> None:
         # Those of the copy engines come first.
         member = self._windows.member
         initial = PeerCopies.initial_signals(member.world_size)
@@ -100,22 +103,47 @@ class PeerChannel:
         kernel_at = len(initial)
         initial += bytes(num_kernel_bytes + -(kernel_at + num_kernel_bytes) % _MAILBOX_ALIGNMENT)
         self._initial = initial
+        self._kernel_at = kernel_at
         self._num_mailbox_bytes = num_mailbox_bytes
-        self.can_copy = False
         self._area = 0
-        self.problem = self._connected(pool)
+        self._connect(self._claimed())
+
+    def pause(self) -> None:
+        """The memory of its signals is about to go, with all windows. Local."""
+        self.problem = ASLEEP
+
+    def reopen(self) -> None:
+        """After `pause`, with memory and windows again: as at first. Collective.
+
+        Raises:
+            SymmetricMismatchError: a rank didn't come in time.
+        """
+        if self._area:
+            with torch.cuda.device(self._device):
+                self._connect(None)
+
+    def _connect(self, problem: str | None) -> None:
+        """Fills all that depends on where NCCL maps the ranks' memory."""
+        self.deltas = []
+        self.stride = 0
+        self.mailboxes = 0
+        self.can_copy = False
+        self._shifts.clear()
+        self._last.clear()
+        self._followed = None
+        self.problem = self._connected() if problem is None else problem
         if self.problem is not None:
-            logger.warning("no direct writes to peers: %s [%s]", self.problem, member)
+            logger.warning("no direct writes to peers: %s [%s]", self.problem, self._windows.member)
             return
         alias = self.alias(self._area)
         signals = [alias + delta for delta in self.deltas]
         if self.stride and self._num_mailbox_bytes:
-            self.mailboxes = signals[0] + len(initial)
+            self.mailboxes = signals[0] + len(self._initial)
         signals[self._rank] = self._area
         self._copies = PeerCopies(self._native, self._rank, signals)
         self._own_stream = torch.cuda.Stream(self._device)
-        with SuspendedContext(pool):  # these are no tensors that all ranks' callers make
-            self.kernel_signals = self._on_device([each + kernel_at for each in signals])
+        with SuspendedContext(self._pool):  # these are no tensors that all ranks' callers make
+            self.kernel_signals = self._on_device([each + self._kernel_at for each in signals])
             self.deltas_table = self._on_device(self.deltas)
 
     def alias(self, address: int) -> int:
@@ -193,6 +221,8 @@ class PeerChannel:
         self._followed = (raw_stream, capture)
 
     def _wait_for_last(self, stream: torch.cuda.Stream, capture: int) -> None:
+        if capture:
+            self._pool.routing.note_capture(capture, stream.cuda_stream)
         self._last = {key: last for key, last in self._last.items() if key in (0, capture)}
         last_stream, done = self._last.get(capture, (stream, None))
         if last_stream == stream:
@@ -268,9 +298,9 @@ class PeerChannel:
 
     # ---- inside -----------------------------------------------------------------------------
 
-    def _connected(self, pool: SymmetricPool) -> str | None:
-        """Fills `_area`, `deltas` and `stride`; or what is in the way, the same on all ranks."""
-        windows = self._windows
+    def _claimed(self) -> str | None:
+        """Fills `_area`; or what is in the way, the same on all ranks."""
+        pool, windows = self._pool, self._windows
         pool.cut_signal_page()
         windows.count_common()
         windows.register_common()  # the page may have needed a new segment
@@ -283,6 +313,11 @@ class PeerChannel:
         if start + len(self._initial) > room:
             return "no room for signals in the symmetric pool"
         self._area = pool.claim_signals(start, len(self._initial) + self._num_mailbox_bytes)
+        return None
+
+    def _connected(self) -> str | None:
+        """Fills `deltas` and `stride`; or what is in the way, the same on all ranks."""
+        windows = self._windows
         place, problem = self._prepared()
         where = None if place is None else [place.ordinal, place.offset]
         can_copy = bool(self._native.functions.distcomm_can_push())

@@ -83,6 +83,7 @@ class PoolRouting:
         self._lingering: list[TorchPool] = []  # to be dropped once nothing lies in them
         self._captured: dict[int, _Captured] = {}  # by number, counted in this process
         self._num_captured = 0
+        self._noted: set[int] = set()  # captures by CUDA's number, until their graphs are gone
         self._closed = False
 
     def enter(self) -> None:
@@ -151,6 +152,35 @@ class PoolRouting:
         if number in self._captured:
             self._captured[number].is_open = False
 
+    def note_capture(self, capture_id: int, stream: int) -> None:
+        """The graph that `stream` captures uses symmetric memory, or peers' memory, by address."""
+        if capture_id not in self._noted:
+            self._watch.watch(stream)
+            self._noted.add(capture_id)
+
+    def note_current_capture(self) -> None:
+        """`note_capture` of the current stream's."""
+        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        capture_id = self._watch.capture_id(stream)
+        if capture_id:
+            self.note_capture(capture_id, stream)
+
+    @property
+    def why_in_use(self) -> str | None:
+        """What holds on to addresses of peers or to windows, or is about to allocate; else None."""
+        alive = len(self.captured()[0]) + len(self._noted)
+        if alive:
+            return (
+                "a CUDA graph that was captured with symmetric memory, or with collectives that "
+                "write to their peers' memory, is alive, or has ended in the last moments"
+            )
+        pools = [*self._eager, *self._lingering]
+        return (
+            "a symmetric_memory() block has not ended"
+            if any(pool.num_entered for pool in pools)
+            else None
+        )
+
     def num_captures(self) -> int:
         """How many pools of captured graphs there are whose graphs live."""
         return len(self.captured()[0])
@@ -158,6 +188,7 @@ class PoolRouting:
     def captured(self) -> tuple[list[int], int]:
         """The numbers of captures whose graphs live, and how many captures were numbered."""
         ended = set(self._watch_ended())
+        self._noted -= ended
         for capture in self._captured.values():
             if capture.capture_id:
                 capture.ended |= capture.capture_id in ended

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -12,7 +12,7 @@ from ..errors import ArgumentError, DistcommError, SymmetricMemoryError
 from ..native import NativeNccl
 from .pool_routing import PoolRouting
 from .segment_heap import COUNTERS, AllocationFailure, SegmentHeap
-from .windows import GroupWindows
+from .windows import ASLEEP, GroupWindows
 
 __all__ = ["SymmetricOutOfMemoryError", "SymmetricPool", "parse_num_bytes"]
 
@@ -77,6 +77,7 @@ class SymmetricPool:
         heap: the segments and windows.
         routing: which threads allocate here.
         frozen: whether `freeze()` was called.
+        asleep: whether the segments have no memory now.
         signal_page_bytes, signals_used: memory for groups' signals, and how much of it is taken.
 
     Raises:
@@ -94,6 +95,7 @@ class SymmetricPool:
         self.routing = PoolRouting(nccl, device)
         self._groups: list[GroupWindows] = []
         self.frozen = False
+        self.asleep = False
         self._signal_page = 0
         self.signal_page_bytes = 0
         self.signals_used = 0
@@ -115,6 +117,7 @@ class SymmetricPool:
         """
         size = parse_num_bytes("num_bytes", num_bytes, "reserve")
         self._refuse_if_closed("reserve")
+        self._refuse_if_asleep("reserve")
         if self.frozen:
             raise SymmetricMemoryError("reserve: the pool is frozen: freeze() is for good")
         if size == 0:
@@ -139,6 +142,7 @@ class SymmetricPool:
             SymmetricMismatchError: a rank didn't come in time.
         """
         self._refuse_if_closed("freeze")
+        self._refuse_if_asleep("freeze")
         try:
             self.register_common()
         finally:  # also if a rank didn't come, as those of other groups know nothing of it
@@ -166,7 +170,21 @@ class SymmetricPool:
             "fallbacks": {reason: ordinary} if ordinary else {},
             "captures": captures,
             "frozen": self.frozen,
+            "asleep": self.asleep,
         }
+
+    def sleep(self) -> NoReturn:
+        """Refuses: see `distcomm.sleep`, whose argument `symmetric` says so explicitly.
+
+        Raises:
+            SymmetricMemoryError: always.
+        """
+        raise SymmetricMemoryError(
+            "sleep: symmetric segments don't sleep by themselves: communicators hold windows of "
+            "them, and captured CUDA graphs their addresses on all ranks. distcomm.sleep("
+            "symmetric=True) on every rank ends the windows, and wake_up() registers them again; "
+            f"their content is lost ({self.device})"
+        )
 
     # ---- for the state and its groups -------------------------------------------------------
 
@@ -191,11 +209,13 @@ class SymmetricPool:
         """Registers what is pending, and gives back what captures whose graphs are gone have used.
 
         Collective among all ranks of the job, which give back the same. Where some have renewed
-        their pools after an error, all do.
+        their pools after an error, all do. While the memory is asleep, nothing is done.
 
         Args:
             num_ranks: how many there are.
         """
+        if self.asleep:
+            return
         alive, num_captured = self.routing.captured()
         generation = self.routing.generation
         mine = {"alive": alive, "captured": num_captured, "generation": generation}
@@ -215,6 +235,30 @@ class SymmetricPool:
             self.routing.renew(max(generations) + 1)
         self.routing.drop_captured(anywhere, max(report["captured"] for report in reports))
         self.heap.settle()
+
+    @property
+    def why_awake(self) -> str | None:
+        """Why the memory can't sleep now; None if it can. Local."""
+        return self.routing.why_in_use
+
+    def fall_asleep(self) -> tuple[int, str | None]:
+        """Gives the segments' memory back; nothing may use it, and no group has windows. Local.
+
+        Returns:
+            How many bytes, and why not all.
+        """
+        self.heap.settle()
+        num_bytes, failure = self.heap.fall_asleep()
+        self.asleep = True
+        return num_bytes, None if failure is None else f"{failure.text} ({self.device})"
+
+    def wake_up(self) -> str | None:
+        """Memory for all segments again, its content undefined; or why there is none. Local."""
+        failure = self.heap.wake_up()
+        if failure is not None:
+            return f"{failure.num_bytes} bytes of symmetric memory: {failure.text} ({self.device})"
+        self.asleep = False
+        return None
 
     def add_group(self, windows: GroupWindows) -> None:
         """`reserve` and `freeze` register with this communicator too, after those added before."""
@@ -303,6 +347,10 @@ class SymmetricPool:
             "another order can't use new ones (%s)",
             self.device,
         )
+
+    def _refuse_if_asleep(self, call: str) -> None:
+        if self.asleep:
+            raise SymmetricMemoryError(f"{call}: {ASLEEP}: wake_up() first ({self.device})")
 
     def _refuse_if_closed(self, call: str) -> None:
         if self._closed:

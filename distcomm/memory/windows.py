@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,12 @@ from .segment_heap import HeapLocation, Segment, SegmentHeap
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["GroupWindows", "meet_members"]
+__all__ = ["ASLEEP", "GroupWindows", "meet_members"]
 
 logger = logging.getLogger(__name__)
+
+ASLEEP = "the symmetric memory is asleep"
+"""Why there are no windows between `sleep` and `wake_up`."""
 
 _CALL = "registering symmetric memory"
 _LOOK_S = 1.0
@@ -155,6 +159,32 @@ class GroupWindows:
         """All ranks' payloads, as `register_common`, which registers nothing. Collective."""
         with self._lock:
             return [report["payload"] for report in self._met(self._report([], None, payload))]
+
+    def fall_asleep(self) -> str | None:
+        """Ends all windows, for as long as their memory is away; or says what is in the way.
+
+        Local. Nobody may be using them, on any rank.
+        """
+        if self.unsupported is not None:
+            return None
+        self.unsupported = ASLEEP
+        release = partial(self._heap.release_comm, self.comm.handle)
+        try:
+            code = self.comm.run_bounded(release, self._timeout_s, "ncclCommWindowDeregister")
+        except TimeoutError as error:
+            return f"{error} [{self.member}]"
+        return f"ncclCommWindowDeregister returned {code} [{self.member}]" if code else None
+
+    def wake_up(self) -> None:
+        """Has windows of what all ranks have again. Collective; nothing if it wasn't asleep.
+
+        Raises:
+            SymmetricMismatchError: as `register_common`.
+        """
+        if self.unsupported == ASLEEP:
+            self.unsupported = None
+            self.count_common()
+            self.register_common()
 
     def find(self, address: int) -> HeapLocation | None:
         """Where an address lies in the heap; None if in no segment."""

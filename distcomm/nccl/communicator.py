@@ -23,8 +23,8 @@ from ..checks import (
     scattered_shapes,
 )
 from ..errors import ArgumentError
-from .connection import NcclConnection
 from .dtypes import REDUCTION_CODES
+from .suspension import SuspendableConnection
 
 __all__ = ["PyNcclCommunicator"]
 
@@ -32,7 +32,7 @@ __all__ = ["PyNcclCommunicator"]
 _BYTES = 1  # ncclUint8
 
 
-class PyNcclCommunicator(NcclConnection):
+class PyNcclCommunicator(SuspendableConnection):
     """NCCL collectives of one group, on the current stream.
 
     Every collective must be called by all ranks of the group in the same order. Calls return
@@ -41,9 +41,10 @@ class PyNcclCommunicator(NcclConnection):
 
     All calls raise `ArgumentError` for arguments that don't fit, before anything is enqueued;
     `CommunicatorDisabledError` while disabled; `GroupClosedError` after `close()`;
-    `NcclError` when NCCL refuses.
+    `SleepError` while suspended; `NcclError` when NCCL refuses.
 
-    Construction, `close`, `change_state` and `group` are those of `NcclConnection`.
+    Construction, `close`, `change_state` and `group` are those of `NcclConnection`,
+    `suspend` and `resume` those of `SuspendableConnection`.
     """
 
     # ---- reductions -------------------------------------------------------------------------

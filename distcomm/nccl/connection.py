@@ -16,7 +16,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import CommunicatorDisabledError, DistcommError, GroupClosedError, NcclError
+from ..errors import (
+    CommunicatorDisabledError,
+    DistcommError,
+    GroupClosedError,
+    NcclError,
+    SleepError,
+)
 from ..native import NativeNccl, RaggedCollectives
 from ..objects import ObjectChannel
 from ..process_groups import member_of, process_group_store
@@ -69,8 +75,9 @@ class NcclConnection:
         self._closed = False
         self._fenced = False
         self._given_up = False
+        self._not_now: str | None = None  # why calls are refused, apart from that
         self._on_close: list[Callable[[int, bool], None]] = []
-        self._usable = False  # enabled and not closed
+        self._usable = False  # enabled, not closed, and there is no `_not_now`
         self._grouped: list[torch.Tensor] | None = None  # kept alive until the NCCL group ends
         self._device_index = -1
         self._raw_stream: Callable[[int], int] = _no_stream
@@ -88,8 +95,11 @@ class NcclConnection:
 
     @property
     def enabled(self) -> bool:
-        """Whether calls are accepted: not disabled by `change_state`, and not closed."""
-        return self._usable
+        """Whether it is in use: not disabled by `change_state`, and not closed.
+
+        A suspended one is, but its calls raise.
+        """
+        return self._enabled and not self._closed
 
     @property
     def handle(self) -> int:
@@ -171,7 +181,7 @@ class NcclConnection:
         except (TimeoutError, RuntimeError) as error:
             logger.warning("close: %s; aborting the communicator [%s]", error, self.member)
             self._given_up = True
-        if self._given_up:
+        if self._given_up or self._not_now is not None:
             free = self.nccl.ncclCommAbort
         if not self._call_back(comm, orderly=not self._given_up):
             return  # somebody may still be using it
@@ -332,7 +342,7 @@ class NcclConnection:
 
     def _refresh(self) -> None:
         """Renews what follows from being enabled, closed, or inside `group()`."""
-        self._usable = self._enabled and not self._closed
+        self._usable = self.enabled and self._not_now is None
         self._direct = None
         if self._usable and self._grouped is None:
             self._direct = self._direct_call()
@@ -350,6 +360,8 @@ class NcclConnection:
                 f"{call}: the communicator is disabled; call it inside "
                 f"`with change_state(enable=True)` [{self.member}]"
             )
+        if self._not_now is not None:
+            raise SleepError(f"{call}: {self._not_now} [{self.member}]")
 
     def _check(self, call: str, code: int) -> None:
         if code:

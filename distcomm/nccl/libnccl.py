@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,14 @@ _FEATURES = {
     "peer_pointer": _Feature(
         22902, {"ncclGetPeerDevicePointer": [c_void_p, c_size_t, c_int, POINTER(c_void_p)]}
     ),
-    "comm_suspend": _Feature(22907, {"ncclCommSuspend": [_COMM, c_int], "ncclCommResume": [_COMM]}),
+    "comm_suspend": _Feature(
+        22907,
+        {
+            "ncclCommSuspend": [_COMM, c_int],
+            "ncclCommResume": [_COMM],
+            "ncclCommMemStats": [_COMM, _ENUM, POINTER(c_uint64)],
+        },
+    ),
 }
 
 
