@@ -151,6 +151,7 @@ NcclResult SegmentHeap::reserve(size_t size) {
 
 void SegmentHeap::retire_all() {
   const Lock lock(mutex_);
+  asleep_ = false;
   for (const int64_t ordinal : ordinals()) {
     retire(ordinal);
     release_if_empty(ordinal);

@@ -105,6 +105,7 @@ class SegmentHeap {
   // Makes a slab. Returns an ncclResult_t; on failure take_failure() has the text.
   NcclResult reserve(size_t size);
   // Retires every segment, slabs too: those that are empty are freed, the others once they are.
+  // Those that are asleep stay so, and new ones may be made.
   void retire_all();
   // While frozen alloc() makes no segment: what doesn't fit is memory of its own, in none.
   void freeze(bool frozen);

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from distcomm.errors import SymmetricMemoryError, SymmetricMismatchError
-from distcomm.memory import GroupWindows
+from distcomm.memory import ASLEEP, GroupWindows
 from distcomm.nccl import NcclLibrary, PyNcclCommunicator
 from tests.cpu.heap_ranks import CHUNK, HeapRank, run
 from tests.nccl_on_cpu import (
@@ -738,3 +738,79 @@ def check_lost_store(rank: HeapRank) -> None:
 
 def test_a_store_that_is_gone(workers: WorkerPool):
     run(workers, 2, check_lost_store)
+
+
+# Asleep
+
+
+def check_asleep(rank: HeapRank) -> None:
+    windows = rank.windows
+    address = rank.alloc()
+    windows.register_new()
+    rank.alloc(2 * CHUNK)
+    windows.register_new()
+    for _ in range(2):
+        before = num_calls(DEREGISTER)
+        assert windows.fall_asleep() is None
+        assert num_calls(DEREGISTER) == before + 2
+        assert (windows.num_windows, num_live_windows(), windows.num_new) == (0, 0, 0)
+        assert windows.unsupported == ASLEEP
+        assert windows.fall_asleep() is None  # once more does nothing
+        windows.register_new()
+        assert num_live_windows() == 0
+        windows.wake_up()
+        assert windows.unsupported is None
+        assert (windows.num_windows, num_live_windows(), windows.num_new) == (2, 2, 0)
+        assert window_of(rank, address)
+        windows.wake_up()
+        assert num_live_windows() == 2
+    expect_working(rank, num_windows=3)
+
+
+def test_windows_end_and_come_back(workers: WorkerPool):
+    run(workers, 3, check_asleep)
+
+
+def check_segment_of_one_rank(rank: HeapRank) -> None:
+    """It was made with a group that the others aren't in."""
+    rank.alloc()
+    rank.windows.register_new()
+    own = rank.alloc(2 * CHUNK) if rank.rank == 1 else 0
+    rank.windows.count_common()
+    rank.windows.register_common()
+    assert rank.windows.fall_asleep() is None
+    rank.windows.wake_up()
+    assert rank.windows.num_windows == 1
+    if own:
+        assert not window_of(rank, own)
+
+
+def test_what_was_passed_over_is_passed_over_again(workers: WorkerPool):
+    run(workers, 2, check_segment_of_one_rank)
+
+
+def check_failing_end(rank: HeapRank) -> None:
+    rank.alloc()
+    rank.windows.register_new()
+    with with_environment(FAKE_NCCL_FAIL=f"{DEREGISTER}:code=3"):
+        problem = rank.windows.fall_asleep()
+    assert problem is not None
+    assert f"{DEREGISTER} returned 3 [group 'trial', rank {rank.rank}" in problem
+
+
+def test_a_window_that_does_not_end_is_told(workers: WorkerPool):
+    run(workers, 2, check_failing_end)
+
+
+def check_stuck_end(rank: HeapRank) -> None:
+    rank.alloc()
+    rank.windows.register_new()
+    with with_environment(FAKE_NCCL_HANG=DEREGISTER, FAKE_NCCL_TIMEOUT_S="3"):
+        problem = rank.windows.fall_asleep()
+        assert problem is not None
+        assert f"{DEREGISTER} did not return within" in problem
+        assert rank.alloc(2 * CHUNK), "the heap goes on"
+
+
+def test_an_end_that_gets_stuck_is_bounded_and_locks_nobody_out(workers: WorkerPool):
+    run(workers, 2, check_stuck_end, timeout_s=TIMEOUT_S)

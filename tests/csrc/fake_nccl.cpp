@@ -87,6 +87,7 @@ constexpr int kNone = -1;  // no reduction, no root or no rank
 
 constexpr int kMaxRanks = 16;
 constexpr size_t kRingBytes = 16 * 1024;
+constexpr uint64_t kSuspendableBytes = 12345;  // what every communicator says it has
 
 using CommPtr = std::shared_ptr<ncclComm>;
 
@@ -244,6 +245,7 @@ struct ncclComm {
     if (async_error != ncclSuccess) {
       fail(async_error, function, ": rank ", rank, " failed in an earlier call");
     }
+    if (suspended) fail(ncclInvalidUsage, function, ": rank ", rank, " is suspended");
   }
 
   const int world_size;
@@ -251,6 +253,7 @@ struct ncclComm {
   const SegmentPtr segment;
   std::atomic<ncclResult_t> async_error{ncclSuccess};
   std::atomic<bool> finalized{false};
+  std::atomic<bool> suspended{false};
   std::atomic<bool> aborted{false};
 };
 
@@ -921,6 +924,31 @@ NCCL_EXPORT ncclResult_t ncclCommAbort(ncclComm_t handle) {
 NCCL_EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t handle, ncclResult_t* error) {
   return entry("ncclCommGetAsyncError", handle,
                [&](const CommPtr& comm) { *error = comm->async_error; });
+}
+
+// Like NCCL since 2.29.7: suspending is local, and resuming waits for all ranks.
+NCCL_EXPORT ncclResult_t ncclCommSuspend(ncclComm_t handle, int flags) {
+  return entry("ncclCommSuspend", handle, [&](const CommPtr& comm) {
+    comm->require_usable("ncclCommSuspend");
+    if (flags != 1) fail(ncclInvalidArgument, "ncclCommSuspend: unknown flags ", flags);
+    comm->suspended = true;
+  });
+}
+
+NCCL_EXPORT ncclResult_t ncclCommResume(ncclComm_t handle) {
+  return entry("ncclCommResume", handle, [&](const CommPtr& comm) {
+    if (!comm->suspended.exchange(false)) {
+      fail(ncclInvalidUsage, "ncclCommResume: rank ", comm->rank, " is not suspended");
+    }
+    agree_on_window(comm, 0, 0);
+  });
+}
+
+NCCL_EXPORT ncclResult_t ncclCommMemStats(ncclComm_t handle, int stat, uint64_t* value) {
+  return entry("ncclCommMemStats", handle, [&](const CommPtr& comm) {
+    if (stat < 0 || stat > 3) fail(ncclInvalidArgument, "ncclCommMemStats: unknown stat ", stat);
+    *value = stat == 1 ? uint64_t{comm->suspended} : kSuspendableBytes;
+  });
 }
 
 NCCL_EXPORT ncclResult_t ncclCommCount(ncclComm_t handle, int* count) {

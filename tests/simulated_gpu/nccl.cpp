@@ -290,6 +290,16 @@ NCCL_API Result ncclCommUserRank(void* comm, int* rank) {
   return stand_in("ncclCommUserRank", comm, rank);
 }
 
+NCCL_API Result ncclCommSuspend(void* comm, int flags) {
+  return stand_in("ncclCommSuspend", comm, flags);
+}
+
+NCCL_API Result ncclCommResume(void* comm) { return stand_in("ncclCommResume", comm); }
+
+NCCL_API Result ncclCommMemStats(void* comm, int stat, uint64_t* value) {
+  return stand_in("ncclCommMemStats", comm, stat, value);
+}
+
 NCCL_API const char* ncclGetErrorString(Result result) {
   return found<const char* (*)(Result)>("ncclGetErrorString")(result);
 }

@@ -40,6 +40,7 @@ struct Test {
 std::vector<Test> range_tests();
 std::vector<Test> alloc_tests();
 std::vector<Test> order_tests();
+std::vector<Test> asleep_tests();
 std::vector<Test> pending_tests();
 std::vector<Test> window_tests();
 std::vector<Test> pin_tests();

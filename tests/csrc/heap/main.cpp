@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
   const std::vector<std::vector<Test> (*)()> files = {
       range_tests,   alloc_tests,   pending_tests, window_tests, pin_tests,
       release_tests, failure_tests, race_tests,    random_tests, thread_tests, order_tests,
+      asleep_tests,
   };
   for (const auto tests_of_file : files) {
     for (const Test& test : tests_of_file()) {

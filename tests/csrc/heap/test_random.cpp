@@ -250,6 +250,11 @@ class Runner {
     for (auto it = model_.windows.begin(); it != model_.windows.end();) {
       const bool ours = it->first.second == op.comm;
       has_window |= ours && it->second;
+      Model::Segment* const segment = ours ? model_.segment(it->first.first) : nullptr;
+      if (segment != nullptr) {  // stays until its window has ended
+        ++segment->num_pins;
+        model_.pinned[op.comm].push_back(segment->ordinal);
+      }
       it = ours ? model_.windows.erase(it) : std::next(it);
     }
     CHECK_EQ(result, op.flag && has_window && op.failing_comm == op.comm ? op.code : 0);
