@@ -51,6 +51,8 @@ test-csrc:  ## The C++ tests, under AddressSanitizer and ThreadSanitizer
 	cmake --build build/test-csrc --parallel $(JOBS)
 	build/test-csrc/test_segment_heap_asan
 	build/test-csrc/test_segment_heap_tsan
+	build/test-csrc/test_sleep_heap_asan
+	build/test-csrc/test_sleep_heap_tsan
 
 test-gpu: build  ## The GPU test suite with the current python3, on all GPUs of the machine
 	PYTHONPATH=. $(BASE_PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider $(ARGS)

@@ -56,6 +56,20 @@ def run_context_parallel(rank: int, world: int, method: str, example: str) -> No
         assert set(state.cp.stats()["ops"]["all_gather_kv_into_cache"]) == {"pynccl"}
 
 
+def run_sleep(rank: int, world: int, method: str, example: str) -> None:
+    with start(rank, world, method) as state:
+        names = {"torch": torch, "state": state}
+        exec(compile(example, "README.md", "exec"), names)
+        assert torch.equal(names["before"], names["after"])
+        assert names["report"].freed_bytes >= names["weights"].nbytes + names["cache"].nbytes
+        assert names["pool"].asleep_tags == ()
+        names["cache"].zero_()
+
+
+def test_sleep_example(gpus: WorkerPool, most_ranks: int) -> None:
+    gpus.run(run_sleep, fresh_init_method(), example_of("Sleep"), ranks=most_ranks)
+
+
 def test_symmetric_memory_example(gpus: WorkerPool, most_ranks: int) -> None:
     example = example_of("Symmetric memory")
     gpus.run(run_symmetric, fresh_init_method(), example, ranks=most_ranks)
