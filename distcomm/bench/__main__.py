@@ -14,6 +14,7 @@ In one process:
 
   layout      time to find a rank's groups
   register    cost of finding nothing to register; needs a GPU
+  sleep       give memory back and take it again; needs a GPU
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from .layout import format_layout, run_layout
 from .plot import plot_collective
 from .register import format_register, run_register
 from .rms_norm import format_rms_norm, run_rms_norm
+from .sleep import format_sleep, run_sleep
 from .symmetric import format_symmetric, run_symmetric
 from .tune import format_tune, run_tune
 
@@ -107,6 +109,7 @@ _ON_GPUS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any
     "host": (run_host, format_host),
     "kv_gather": (run_kv_gather, format_kv_gather),
     "register": (run_register, format_register),
+    "sleep": (run_sleep, format_sleep),
     "symmetric": (run_symmetric, format_symmetric),
     "all_reduce_rms_norm": (run_rms_norm, format_rms_norm),
     "decode_step": (run_decode_step, format_decode_step),

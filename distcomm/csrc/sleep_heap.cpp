@@ -54,13 +54,15 @@ int64_t SleepHeap::new_tag() {
 
 int64_t SleepHeap::select(int64_t tag) {
   std::swap(t_tags[this], tag);
+  if (t_tags[this] == 0) t_tags.erase(this);
   return tag;
 }
 
 void* SleepHeap::alloc(size_t size, CudaStream stream) {
   // Asked before the lock is taken: the driver has locks of its own.
   const bool capturing = is_capturing(driver_, stream);
-  const int64_t tag = t_tags[this];
+  const auto selected = t_tags.find(this);
+  const int64_t tag = selected == t_tags.end() ? 0 : selected->second;
   t_failure = SleepFailure{};
   const Lock lock(mutex_);
   ++counters_.allocations;
@@ -78,6 +80,12 @@ void* SleepHeap::alloc(size_t size, CudaStream stream) {
   Block block{0, tag, {}};
   if (reserve(size, &address, &block) != kCudaSuccess) {
     ++counters_.failed_allocations;
+    if (address != 0 && !release(address, block)) {  // tried again later
+      blocks_.emplace(address, std::move(block));
+      const Lock pending_lock(pending_mutex_);
+      pending_.push_back(reinterpret_cast<void*>(static_cast<uintptr_t>(address)));
+    }
+    update_free_bytes();
     return nullptr;
   }
   blocks_.emplace(address, std::move(block));
@@ -104,6 +112,7 @@ bool SleepHeap::free(void* pointer, CudaStream stream) {
 void SleepHeap::settle() {
   const Lock lock(mutex_);
   const CudaContext context(driver_, device_);
+  const RelaxedCapture relaxed(driver_);
   if (context.is_current()) release_pending();
 }
 
@@ -118,6 +127,7 @@ CudaResult SleepHeap::prepare(const std::vector<int64_t>& tags) {
   const Lock lock(mutex_);
   const CudaContext context(driver_, device_);
   if (!context.is_current()) return fail("cuCtxPushCurrent", kInvalidContext);
+  const RelaxedCapture relaxed(driver_);
   release_pending();
   return prepare_locked(tags);
 }
@@ -140,6 +150,7 @@ CudaResult SleepHeap::sleep(const std::vector<int64_t>& tags, const std::vector<
     const Lock lock(mutex_);
     const CudaContext context(driver_, device_);
     if (!context.is_current()) return fail("cuCtxPushCurrent", kInvalidContext);
+    const RelaxedCapture relaxed(driver_);
     release_pending();
     result = prepare_locked(offloaded);
     if (result != kCudaSuccess) return result;
@@ -149,7 +160,7 @@ CudaResult SleepHeap::sleep(const std::vector<int64_t>& tags, const std::vector<
     for (auto& [address, block] : blocks_) {
       if (!has(tags, block.tag)) continue;
       for (Chunk& chunk : block.chunks) {
-        if (!chunk.is_asleep()) (has(offloaded, block.tag) ? kept : discarded).push_back(&chunk);
+        if (!chunk.is_asleep) (has(offloaded, block.tag) ? kept : discarded).push_back(&chunk);
       }
     }
     result = offload(kept, streams);
@@ -158,6 +169,7 @@ CudaResult SleepHeap::sleep(const std::vector<int64_t>& tags, const std::vector<
          ++chunk) {
       drop_host(**chunk);
       result = unmap(**chunk);
+      (*chunk)->is_asleep = (*chunk)->memory == 0;
     }
   }
   settle();  // what was freed meanwhile
@@ -172,6 +184,7 @@ CudaResult SleepHeap::wake_up(const std::vector<int64_t>& tags,
     const Lock lock(mutex_);
     const CudaContext context(driver_, device_);
     if (!context.is_current()) return fail("cuCtxPushCurrent", kInvalidContext);
+    const RelaxedCapture relaxed(driver_);
     release_pending();
     result = restore(chunks_of(tags, true), streams);
   }
@@ -181,7 +194,7 @@ CudaResult SleepHeap::wake_up(const std::vector<int64_t>& tags,
 
 void SleepHeap::progress(int64_t* done, int64_t* total) const {
   *total = bytes_to_copy_;
-  *done = copied_bytes_;
+  *done = std::min(copied_bytes_.load(), *total);
 }
 
 size_t SleepHeap::trim_host() {
@@ -198,7 +211,7 @@ SleepUsage SleepHeap::usage(int64_t tag) {
     ++usage.blocks;
     for (const Chunk& chunk : block.chunks) {
       const auto bytes = static_cast<int64_t>(chunk.size);
-      (chunk.is_asleep() ? usage.asleep_bytes : usage.mapped_bytes) += bytes;
+      (chunk.is_asleep ? usage.asleep_bytes : usage.mapped_bytes) += bytes;
       if (chunk.is_offloaded) usage.offloaded_bytes += bytes;
     }
   }
@@ -227,7 +240,10 @@ CudaResult SleepHeap::reserve(size_t size, DevicePointer* address, Block* block)
   block->size = rounded_up(std::max<size_t>(size, 1), granularity_);
   const size_t step = rounded_up(chunk_bytes_, granularity_);
   CudaResult result = driver_.mem_address_reserve(address, block->size, 0, 0, 0);
-  if (result != kCudaSuccess) return fail("cuMemAddressReserve", result, block->size);
+  if (result != kCudaSuccess) {
+    *address = 0;
+    return fail("cuMemAddressReserve", result, block->size);
+  }
   for (size_t offset = 0; offset < block->size; offset += step) {
     block->chunks.push_back({*address + offset, std::min(step, block->size - offset)});
   }
@@ -235,8 +251,6 @@ CudaResult SleepHeap::reserve(size_t size, DevicePointer* address, Block* block)
     result = map(chunk);
     if (result == kCudaSuccess) continue;
     t_failure.needed_bytes = static_cast<int64_t>(block->size);
-    release(*address, *block);
-    update_free_bytes();
     return result;
   }
   return kCudaSuccess;
@@ -255,9 +269,13 @@ CudaResult SleepHeap::map(Chunk& chunk) {
   const CudaMemAccess access = {kDevice, device_, kReadWrite};
   result = driver_.mem_set_access(chunk.address, chunk.size, &access, 1);
   if (result != kCudaSuccess) {
-    driver_.mem_unmap(chunk.address, chunk.size);
-    driver_.mem_release(memory);
-    return fail("cuMemSetAccess", result);
+    fail("cuMemSetAccess", result);
+    if (driver_.mem_unmap(chunk.address, chunk.size) == kCudaSuccess) {
+      driver_.mem_release(memory);
+    } else {
+      chunk.memory = memory;  // to be unmapped later
+    }
+    return result;
   }
   chunk.memory = memory;
   return kCudaSuccess;
@@ -279,6 +297,7 @@ bool SleepHeap::release(DevicePointer address, Block& block) {
     if (chunk.memory != 0) released &= unmap(chunk) == kCudaSuccess || chunk.memory == 0;
   }
   released = released && driver_.mem_address_free(address, block.size) == kCudaSuccess;
+  if (!released) block.tag = 0;  // what is left of it neither sleeps nor wakes up
   t_failure = failure;
   return released;
 }
@@ -324,7 +343,7 @@ std::vector<SleepHeap::Chunk*> SleepHeap::chunks_of(const std::vector<int64_t>& 
   for (auto& [address, block] : blocks_) {
     if (!has(tags, block.tag)) continue;
     for (Chunk& chunk : block.chunks) {
-      if (chunk.is_asleep() == asleep) chunks.push_back(&chunk);
+      if (chunk.is_asleep == asleep) chunks.push_back(&chunk);
     }
   }
   return chunks;
@@ -374,12 +393,9 @@ CudaResult SleepHeap::offload(const std::vector<Chunk*>& chunks,
       fail("cuStreamSynchronize", result);
       continue;
     }
-    copied.is_offloaded = true;
     result = unmap(copied);
-    if (copied.memory != 0) {
-      copied.is_offloaded = false;
-      continue;
-    }
+    if (copied.memory != 0) continue;
+    copied.is_asleep = copied.is_offloaded = true;
     ++num_unmapped;
     copied_bytes_ += static_cast<int64_t>(copied.size);
   }
@@ -390,7 +406,7 @@ CudaResult SleepHeap::offload(const std::vector<Chunk*>& chunks,
   restore({chunks.begin(), chunks.begin() + num_unmapped}, streams);
   // Neither what still has the only copy of the content, nor what one may still be written to.
   for (Chunk* const chunk : chunks) {
-    if (has_ended && !chunk->is_offloaded) drop_host(*chunk);
+    if (has_ended && !chunk->is_asleep) drop_host(*chunk);
   }
   t_failure = failure;
   return result;
@@ -409,10 +425,15 @@ CudaResult SleepHeap::restore(const std::vector<Chunk*>& chunks,
     return fail("cuMemGetInfo", kOutOfMemory, needed);
   }
   CudaResult result = kCudaSuccess;
+  if (std::any_of(chunks.begin(), chunks.end(), [](Chunk* chunk) { return chunk->memory != 0; })) {
+    result = wait_for(streams);  // an earlier call's copies may still use it
+    if (result != kCudaSuccess) return fail("cuStreamSynchronize", result);
+  }
   size_t num_mapped = 0;
   for (size_t i = 0; i < chunks.size() && result == kCudaSuccess; ++i) {
     Chunk& chunk = *chunks[i];
-    if (chunk.memory == 0) result = map(chunk);
+    if (chunk.memory != 0) result = unmap(chunk);  // what an earlier call could not undo
+    if (result == kCudaSuccess) result = map(chunk);
     if (result != kCudaSuccess) break;
     ++num_mapped;
     if (!chunk.is_offloaded) continue;
@@ -443,7 +464,10 @@ CudaResult SleepHeap::restore(const std::vector<Chunk*>& chunks,
     update_free_bytes();
     return result;
   }
-  for (Chunk* const chunk : chunks) drop_host(*chunk);
+  for (Chunk* const chunk : chunks) {
+    chunk->is_asleep = false;
+    drop_host(*chunk);
+  }
   return kCudaSuccess;
 }
 

@@ -98,10 +98,8 @@ class SleepHeap {
     size_t size;
     CudaMemory memory = 0;      // 0: none
     void* host = nullptr;       // a buffer of its size
-    bool is_offloaded = false;  // whether that has its content
-
-    // Also if it has memory, which the driver refused to take back, but not its content.
-    bool is_asleep() const { return memory == 0 || is_offloaded; }
+    bool is_asleep = false;     // also if the driver has refused to take the memory back
+    bool is_offloaded = false;  // whether `host` has its content
   };
   struct Block {
     size_t size;
