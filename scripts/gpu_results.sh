@@ -2,7 +2,7 @@
 # Makes the files of docs/results that need GPUs: benchmarks on four GPUs and on two, and the GPU
 # suite on four, two and one. Fewer GPUs give less. Each part takes up to ten minutes.
 #
-#   scripts/gpu_results.sh FOLDER [benches|tables|suites|suite-N ...]
+#   scripts/gpu_results.sh FOLDER [benches|sleep|tables|suites|suite-N ...]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "${1:?a folder for the results}")
@@ -43,12 +43,16 @@ bench() { # GPUs, benchmark, more options; $result names the file, if not the be
     make bench BENCH="$name" ARGS="--json $folder/${result:-$name}-${gpus}xh200.json $*" || failed=1
 }
 
+alone() { # benchmark of one process, seconds that it may take
+  PYTHONPATH=. timeout "$2" python3 -m distcomm.bench "$1" --json "$folder/$1-h200.json" || failed=1
+}
+
 make build > "$folder/build.log" 2>&1 || { cat "$folder/build.log"; exit 1; }
 for part in "${parts[@]}"; do
   case $part in
     benches)
-      PYTHONPATH=. timeout 60 python3 -m distcomm.bench register \
-        --json "$folder/register-h200.json" || failed=1
+      alone register 60
+      alone sleep 120
       [[ $gpus -gt 1 ]] || continue
       for name in symmetric kv_gather host all_gather reduce_scatter all_reduce_rms_norm \
         decode_step; do
@@ -58,6 +62,7 @@ for part in "${parts[@]}"; do
       bench "$gpus" all_reduce --plot "$folder/all_reduce.png"
       [[ $gpus -eq 2 ]] || bench 2 all_reduce
       ;;
+    sleep) alone sleep 120 ;;
     tables) # for distcomm/tables
       [[ $gpus -gt 1 ]] && bench "$gpus" tune
       [[ $gpus -gt 2 ]] && bench 2 tune

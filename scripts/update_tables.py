@@ -34,10 +34,7 @@ def main() -> None:
         path = ROOT / name
         text = path.read_text()
         updated = re.sub(
-            r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)",
-            lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
-            text,
-            flags=re.DOTALL,
+            r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", renewed, text, flags=re.DOTALL
         )
         if updated != text:
             outdated.append(name)
@@ -45,6 +42,16 @@ def main() -> None:
                 path.write_text(updated)
     if options.check and outdated:
         sys.exit(f"not as docs/results says: {', '.join(outdated)}")
+
+
+def renewed(match: re.Match[str]) -> str:
+    """A table as its result says; as it is where that isn't there yet."""
+    try:
+        table = TABLES[match[2]]()
+    except FileNotFoundError as error:
+        print(f"{match[2]}: left as it is: there is no {error.filename}", file=sys.stderr)
+        return match[0]
+    return f"{match[1]}{table}\n{match[3]}"
 
 
 def result(name: str) -> dict[str, Any]:
@@ -149,6 +156,38 @@ def decode_step(name: str) -> str:
     return markdown(titles, rows)
 
 
+def sleep(name: str) -> str:
+    found = result(name)
+    held, discard, cycles = found["held"], found["discard"], found["cycles"]
+    first = found["first_offload"]
+    rows = [
+        ["pool", f"{found['conditions']['bytes'] / 2**30:.0f} GiB"],
+        [
+            "GPU memory held asleep",
+            f"**{held['percent']:.2f} %**, {held['bytes'] / 2**20:,.0f} MiB",
+        ],
+        *(
+            [
+                f"{way}, of the bandwidth of a pinned copy",
+                f"**{found[way]['ratio']:.0%}**: {found[way]['gb_s']:.1f} of "
+                f"{found[way]['copy_gb_s']:.1f} GB/s, {found[way]['ms']:,.0f} ms",
+            ]
+            for way in ("offload", "restore")
+        ),
+        ["first offload, which pins host memory", f"{first['ms']:,.0f} ms"],
+        ["sleep, content discarded", f"{discard['sleep_ms']:.0f} ms"],
+        ["wake_up, content discarded", f"{discard['wake_up_ms']:.0f} ms"],
+        [
+            f"growth in {cycles['cycles']} cycles: GPU, pinned, resident set",
+            ", ".join(
+                f"{cycles[f'{kind}_growth_bytes']:,}" for kind in ("gpu", "pinned", "resident")
+            )
+            + " bytes",
+        ],
+    ]
+    return markdown(["", "sleepable pool"], rows)
+
+
 _NCCL = ((TORCH, TORCH), ("NCCL symmetric", "NCCL symmetric"))
 _WITH_TORCH = (
     *_NCCL,
@@ -165,6 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reduce_scatter of 4": partial(collective, "reduce_scatter-4xh200", others=_NCCL),
     "all_reduce_rms_norm of 4": partial(rms_norm, "all_reduce_rms_norm-4xh200"),
     "decode_step of 4": partial(decode_step, "decode_step-4xh200"),
+    "sleep": partial(sleep, "sleep-h200"),
 }
 
 

@@ -239,6 +239,11 @@ CudaResult SleepHeap::reserve(size_t size, DevicePointer* address, Block* block)
   }
   block->size = rounded_up(std::max<size_t>(size, 1), granularity_);
   const size_t step = rounded_up(chunk_bytes_, granularity_);
+  // Else all there is would be taken before it turns out to be too little, from others, too.
+  size_t num_free = 0, all = 0;
+  if (driver_.mem_get_info(&num_free, &all) == kCudaSuccess && num_free < block->size) {
+    return fail("cuMemGetInfo", kOutOfMemory, block->size);
+  }
   CudaResult result = driver_.mem_address_reserve(address, block->size, 0, 0, 0);
   if (result != kCudaSuccess) {
     *address = 0;

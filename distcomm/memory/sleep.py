@@ -79,7 +79,9 @@ class SleepablePool:
 
     Not collective: each process has pools of its own, any number of them. Tensors that are made in
     a `use` live on after it, asleep or awake; while asleep they may be freed, but not read or
-    written: the GPU would report an illegal address. Methods are thread-safe. A pool that is
+    written: the GPU would report an illegal address. Methods are thread-safe, but while another
+    stream or thread captures a CUDA graph nothing may be put to sleep, woken up or freed here: the
+    driver would refuse to wait for the device, and break the capture off. A pool that is
     closed or dropped gives its memory back as its tensors go; at the end of the process it needs
     no `close`.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -80,16 +82,13 @@ class TorchPools:
         self._device = device
         self._device_index = device.index
         self._allocator = _torch_allocator(str(native.path), prefix)
-        self._never_used: TorchPool | None = None
+        self._emptying = threading.Lock()  # guards the next: torch refuses to begin a pool twice
+        self._never_used: dict[int, TorchPool] = {}  # by device
 
     def make(self, generation: int = 0) -> TorchPool:
         """A new pool."""
         expandable_segments_off.refresh()
-        with torch.cuda.device(self._device):  # a new thread has another current device
-            pool = TorchPool(torch.cuda.MemPool(self._allocator), generation)
-            _begin_in_thread(self._device_index, pool.id)  # the use of its own
-            _end_in_thread(self._device_index, pool.id)
-            return pool
+        return self._make_on(self._device_index, generation)
 
     def begin(self, pool: TorchPool) -> None:
         """From here on this thread allocates from `pool`, until `end`; not if it was dropped."""
@@ -131,13 +130,38 @@ class TorchPools:
 
     def empty_unused(self) -> None:
         """Gives back what lies in pools that have no use any more."""
-        with torch.cuda.device(self._device):
-            if self._never_used is None:
-                self._never_used = self.make()
-            # While a pool is begun, torch leaves its cache of ordinary memory alone.
-            _begin_in_thread(self._device_index, self._never_used.id)
-            try:
+        with self._emptying, ExitStack() as stack:
+            for index in self._devices_in_use():
+                stack.enter_context(self._keeping_cache(index))
+            with torch.cuda.device(self._device):
                 _empty_cache()
-            finally:
-                _end_in_thread(self._device_index, self._never_used.id)
-                _release(self._device_index, self._never_used.id)
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    @contextmanager
+    def _keeping_cache(self, device_index: int) -> Iterator[None]:
+        """While a pool is begun on a device, torch leaves its cache of ordinary memory there."""
+        if device_index not in self._never_used:
+            self._never_used[device_index] = self._make_on(device_index)
+        pool_id = self._never_used[device_index].id
+        _begin_in_thread(device_index, pool_id)
+        try:
+            yield
+        finally:
+            _end_in_thread(device_index, pool_id)
+            _release(device_index, pool_id)
+
+    def _make_on(self, device_index: int, generation: int = 0) -> TorchPool:
+        with torch.cuda.device(device_index):  # a new thread has another current device
+            pool = TorchPool(torch.cuda.MemPool(self._allocator), generation)
+            _begin_in_thread(device_index, pool.id)  # the use of its own
+            _end_in_thread(device_index, pool.id)
+            return pool
+
+    def _devices_in_use(self) -> list[int]:
+        """This one, and those where torch has memory."""
+        return [
+            index
+            for index in range(torch.cuda.device_count())
+            if index != self._device_index and torch.cuda.memory_reserved(index)
+        ] + [self._device_index]
