@@ -38,11 +38,11 @@ def total(comm: PyNcclCommunicator) -> float:
 
 
 def check_life(comm: PyNcclCommunicator) -> None:
+    x = torch.ones(2)
     for _ in range(3):
         assert comm.suspend() == 12345
         assert comm.is_suspended
         assert comm.enabled  # so that nothing else takes its calls
-        x = torch.ones(2)
         for call in (
             lambda: comm.all_reduce(x),
             lambda: comm.broadcast(x),
