@@ -183,53 +183,71 @@ class GroupCommunicators:
         if any(tensor is not None and windows.is_symmetric(tensor) for tensor in tensors):
             pool.routing.note_current_capture()
 
+    @property
+    def is_asleep(self) -> bool:
+        """Whether windows or kernels are away until `wake_up`; on all ranks alike, unless a call
+        was broken off."""
+        channel = self.channel
+        return (
+            (self.windows is not None and self.windows.unsupported == ASLEEP)
+            or (isinstance(channel, PeerChannel) and channel.problem == ASLEEP)
+            or self._sleeping_kernels is not None
+        )
+
     def fall_asleep(self) -> str | None:
         """Ends windows and all that writes to peers' memory, until `wake_up`; or why not. Local.
 
-        Collectives go on, through NCCL. Nothing may be under way, on any rank.
+        Collectives go on, through NCCL. Nothing may be under way, on any rank. Idempotent.
         """
         if self.windows is None:
             return None
-        self._sleeping_kernels, self.kernels = self.kernels, None
+        self.pause_kernels()
+        return self.windows.fall_asleep()
+
+    def pause_kernels(self) -> None:
+        """Nothing writes to peers' memory until `wake_up`. Local; idempotent."""
+        if self.kernels is not None:
+            self._sleeping_kernels, self.kernels = self.kernels, None
         if isinstance(self.channel, PeerChannel):
             self.channel.pause()
-        return self.windows.fall_asleep()
 
     def wake_up(self) -> None:
         """Undoes `fall_asleep`, with memory in place again. Collective among the group's ranks.
 
+        After an error kernels are paused, and the call may be repeated, on all ranks alike.
+
         Raises:
             SymmetricMismatchError: a rank didn't come, or NCCL didn't register on all.
+            SymmetricMemoryError, torch.OutOfMemoryError: kernels can't go on.
         """
         if self.windows is None:
             return
-        kernels, self._sleeping_kernels = self._sleeping_kernels, None
-        if kernels is not None:
-            self.no_kernels = "waking up has failed"
         self.windows.wake_up()
         if isinstance(self.channel, PeerChannel):
             self.channel.reopen()
-        if kernels is not None:
-            self.no_kernels = kernels.reopen()
-            self.kernels = kernels if self.no_kernels is None else None
+        if self._sleeping_kernels is not None:
+            self._sleeping_kernels.reopen()
+            self.kernels, self._sleeping_kernels = self._sleeping_kernels, None
 
     def give_up(self, what: str) -> None:
         """For good, as it has failed on one of the ranks. Local.
 
         Args:
-            what: ``"windows"``, whose end has failed, or ``"nccl"``, for suspending or resuming.
+            what: ``"windows"``, which could not be ended or registered again, or ``"nccl"``, which
+                could not be suspended or resumed.
         """
         reason = f"its {what} could not sleep or wake up on all ranks"
+        self.pause_kernels()
+        if self._sleeping_kernels is not None:
+            self._sleeping_kernels, self.no_kernels = None, reason
         if self.windows is not None and self.windows.unsupported in (None, ASLEEP):
             self.windows.unsupported = reason
         if self.pynccl is not None and what == "nccl":
             self.pynccl.break_off(reason)
 
-    def suspend(self) -> int | str:
-        """Gives back the GPU memory that NCCL can do without, until `resume`; bytes, or why none.
-
-        To be called by all ranks alike: after a failure the communicator is of no use any more.
-        """
+    @property
+    def why_not_suspended(self) -> str | None:
+        """Why NCCL's own buffers stay; None if they can go. Local: ranks have to compare."""
         comm = self.pynccl
         if comm is None:
             return "it has no NCCL communicator"
@@ -237,7 +255,7 @@ class GroupCommunicators:
             return f"NCCL {comm.nccl.version_text} can't suspend it; 2.29.7 and newer can"
         if self.windows is not None and self.windows.unsupported is None:
             return "it has windows of symmetric memory, which sleep(symmetric=True) ends"
-        return comm.suspend()
+        return comm.why_unusable
 
     def close(self) -> None:
         """Closes everything that was made here. Idempotent; bounded by the timeout."""

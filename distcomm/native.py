@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint8, c_uint64, c_void_p
 from pathlib import Path
 
 from .errors import NativeLibraryError
@@ -64,6 +64,8 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "distcomm_read_device": (c_int, [c_void_p, c_uint64, c_size_t]),
     # to, from, num_bytes, stream
     "distcomm_copy_async": (c_int, [c_uint64, c_uint64, c_size_t, c_void_p]),
+    # to, value, num_bytes, stream
+    "distcomm_fill_async": (c_int, [c_uint64, c_uint8, c_size_t, c_void_p]),
     "distcomm_can_push": (c_int, []),
     # rank, world_size, signals, tensors, num_tensors, runs, num_runs, stream
     "distcomm_push_rows": (
@@ -101,8 +103,9 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     "distcomm_heap_next_ordinal": (c_int64, [_HEAP]),
     "distcomm_heap_raise_ordinal": (None, [_HEAP, c_int64]),
     "distcomm_heap_stats": (None, [_HEAP, c_void_p]),
+    "distcomm_heap_can_sleep": (c_int, [_HEAP]),
     "distcomm_heap_fall_asleep": (c_int, [_HEAP, POINTER(c_int64)]),
-    "distcomm_heap_wake_up": (c_int, [_HEAP]),
+    "distcomm_heap_wake_up": (c_int, [_HEAP, POINTER(c_int64)]),
     "distcomm_can_sleep": (c_int, []),
     # device, chunk_bytes
     "distcomm_sleep_heap_open": (c_void_p, [c_int, c_size_t]),
@@ -117,15 +120,17 @@ _PROTOTYPES: dict[str, tuple[object, list[object]]] = {
     # heap, tags, num_tags
     "distcomm_sleep_heap_prepare": (c_int, [_HEAP, _TAGS, c_size_t]),
     "distcomm_sleep_heap_cancel": (None, [_HEAP, _TAGS, c_size_t]),
-    # heap, tags, num_tags, num_offloaded, two streams
+    # heap, tags, num_tags, num_offloaded, two streams, progress
     "distcomm_sleep_heap_sleep": (
         c_int,
-        [_HEAP, _TAGS, c_size_t, c_size_t, c_void_p, c_void_p],
+        [_HEAP, _TAGS, c_size_t, c_size_t, c_void_p, c_void_p, c_void_p],
     ),
-    # heap, tags, num_tags, two streams
-    "distcomm_sleep_heap_wake_up": (c_int, [_HEAP, _TAGS, c_size_t, c_void_p, c_void_p]),
+    # heap, tags, num_tags, two streams, progress
+    "distcomm_sleep_heap_wake_up": (
+        c_int,
+        [_HEAP, _TAGS, c_size_t, c_void_p, c_void_p, c_void_p],
+    ),
     "distcomm_sleep_heap_discard": (None, [_HEAP, _TAGS, c_size_t]),
-    "distcomm_sleep_heap_progress": (None, [_HEAP, POINTER(c_int64), POINTER(c_int64)]),
     "distcomm_sleep_heap_trim_host": (c_size_t, [_HEAP]),
     "distcomm_sleep_heap_usage": (None, [_HEAP, c_int64, c_void_p]),
     "distcomm_sleep_heap_stats": (None, [_HEAP, c_void_p]),

@@ -30,22 +30,31 @@ class SleepSteps:
         self._store = store
         self._rank = rank
         self._world_size = world_size
-        self._wait_s = 2 * timeout_s
+        self._timeout_s = timeout_s
+        self._wait_s = 0.0
         self._number = 0
         self._call = ""
 
-    def begin(self, call: str, arguments: Mapping[str, Any], error: Exception | None) -> None:
+    def begin(
+        self,
+        call: str,
+        arguments: Mapping[str, Any],
+        error: Exception | None,
+        extra_s: float = 0.0,
+    ) -> None:
         """Passes if all ranks came with the same call and nothing in the way. Collective.
 
         Args:
             arguments: JSON values.
             error: what is in the way on this rank; None if nothing is.
+            extra_s: for how much longer than usual this rank waits for others during the call.
 
         Raises:
             SleepError: on every rank that came. On a process alone, `error` itself.
         """
         if error is not None and self._world_size == 1:
             raise error
+        self._wait_s = 2 * self._timeout_s + extra_s
         self._call = call
         mine = {"call": _text(call, arguments), "failure": None if error is None else str(error)}
         self._number += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .communicators import GroupCommunicators
-from .errors import ArgumentError, DistcommError, SleepError
-from .memory import SleepablePool, Slept, sleepable_pools
+from .errors import ArgumentError, DistcommError, SleepError, SymmetricMismatchError
+from .memory import SleepablePool, Slept, SymmetricPool, sleepable_pools
 from .parallel_state import get_parallel_state, is_initialized
 from .sleep_steps import SleepSteps
 from .state import ParallelState
@@ -79,18 +79,17 @@ def sleep(
         "tags": None if tags is None else list(tags),
         "symmetric": symmetric,
     }
-    try:
-        error = _tried(lambda: _prepare(state, pools, offload_tags, tags, symmetric))
-        steps.begin("sleep", arguments, error)
-    except BaseException:
-        for pool in pools:
-            pool.cancel_sleep()
-        raise
     report = SleepReport()
     errors: list[Exception] = []
-    for pool in pools:
-        failed = _tried(partial(_put_to_sleep, pool, offload_tags, tags, report))
-        errors += [failed] if failed is not None else []
+    try:
+        error = _tried(lambda: _prepare(state, pools, offload_tags, tags, symmetric))
+        steps.begin("sleep", arguments, error, _extra_s(pools))
+        for pool in pools:
+            failed = _tried(partial(_put_to_sleep, pool, offload_tags, tags, report))
+            errors += [failed] if failed is not None else []
+    finally:
+        for pool in pools:
+            pool.cancel_sleep()
     if state is not None:
         _SharedParts(state, steps, errors).fall_asleep(symmetric, report)
     steps.conclude(errors)
@@ -121,7 +120,7 @@ def wake_up(tags: Sequence[str] | None = None, *, symmetric: bool = True) -> int
     pools = sleepable_pools()
     error = _tried(lambda: _check_tags("wake_up", "tags", pools, tags))
     arguments = {"tags": None if tags is None else list(tags), "symmetric": symmetric}
-    steps.begin("wake_up", arguments, error)
+    steps.begin("wake_up", arguments, error, _extra_s(pools))
     errors: list[Exception] = []
     taken = 0
     shared = None if state is None else _SharedParts(state, steps, errors)
@@ -153,93 +152,108 @@ class _SharedParts:
         self._pool = state.symmetric_pool
         self._steps = steps
         self._errors = errors
-        # Of what failed here: what it was, and its communicators' ranks.
-        self._broken: list[tuple[str, list[int]]] = []
 
     def fall_asleep(self, symmetric: bool, report: SleepReport) -> None:
         """Once all ranks are idle."""
-        pool = self._pool
-        if pool is not None and not pool.asleep:
-            if symmetric:
-                self._release_symmetric(report)
+        if self._pool is not None and symmetric:
+            self._release_symmetric(self._pool, report)
+        elif self._pool is not None and not self._pool.asleep:
+            report.awake["symmetric memory"] = (
+                "communicators hold windows of it; sleep(symmetric=True) ends them"
+            )
+        whys = {each.ranks: each.why_not_suspended for each in self._state.communicators}
+        told = self._steps.exchange("suspension", _as_json(whys))
+        stays = {tuple(ranks): why for each in told for ranks, why in each if why is not None}
+
+        def suspend(communicators: GroupCommunicators) -> None:
+            comm = communicators.pynccl
+            if comm is None or comm.is_suspended:
+                return
+            if communicators.ranks in stays:
+                report.awake[comm.member.name] = stays[communicators.ranks]
             else:
-                report.awake["symmetric memory"] = (
-                    "communicators hold windows of it; sleep(symmetric=True) ends them"
-                )
-        for communicators in self._state.communicators:
-            self._suspend(communicators, report)
-        self._give_up_everywhere()
+                report.communicators[comm.member.name] = comm.suspend()
+
+        self._on_all("suspended", suspend, "nccl")
 
     def resume(self) -> None:
-        for communicators in self._state.communicators:
+        """NCCL's own buffers."""
+
+        def resume(communicators: GroupCommunicators) -> None:
             comm = communicators.pynccl
             if comm is not None and comm.is_suspended:
-                self._try("nccl", communicators, comm.resume)
-        self._give_up_everywhere()
+                comm.resume()
+
+        self._on_all("resumed", resume, "nccl")
 
     def wake_up(self) -> int:
-        """Symmetric memory on all ranks, with its windows; how many bytes."""
+        """Symmetric memory on all ranks or on none, with its windows; how many bytes.
+
+        Also what an earlier call has left asleep, which was broken off.
+        """
         pool = self._pool
-        if pool is None or not pool.asleep:
+        if pool is None:
             return 0
-        problem = pool.wake_up()
+        mine = {
+            "asleep": pool.asleep or any(each.is_asleep for each in self._state.communicators),
+            "busy": _tried(self._state.wait_for_device) is not None,
+        }
+        told = self._steps.exchange("asleep", mine)
+        if not any(each["asleep"] for each in told):
+            return 0
+        if any(each["busy"] for each in told):
+            if mine["busy"]:
+                self._errors.append(SleepError("the GPU is still at work"))
+            return 0
+        for communicators in self._state.communicators:  # all begin alike
+            communicators.fall_asleep()
+        num_bytes, problem = pool.wake_up()
         told = self._steps.exchange("symmetric memory", {"problem": problem})
         if any(each["problem"] is not None for each in told):
-            if problem is None:
-                pool.fall_asleep()  # what other ranks can't have, none has
-            else:
+            if problem is not None:
                 self._errors.append(SleepError(problem))
+            pool.fall_asleep()  # what other ranks can't have, none has
             return 0
-        for communicators in self._state.communicators:
-            self._try("windows", communicators, communicators.wake_up)
-        return int(pool.stats()["bytes_reserved"])
+        self._on_all("woken up", GroupCommunicators.wake_up, "kernels")
+        return num_bytes
 
     # ---- inside -----------------------------------------------------------------------------
 
-    def _release_symmetric(self, report: SleepReport) -> None:
-        for communicators in self._state.communicators:
+    def _release_symmetric(self, pool: SymmetricPool, report: SleepReport) -> None:
+        def release(communicators: GroupCommunicators) -> None:
             problem = communicators.fall_asleep()
             if problem is not None:
-                self._failed("windows", communicators, SleepError(problem))
+                raise SleepError(problem)
+
         # No rank's memory goes while another one still has windows of it.
-        self._steps.exchange("windows", {})
-        if self._pool is not None:
-            report.symmetric_bytes, problem = self._pool.fall_asleep()
-            if problem is not None:
-                self._errors.append(SleepError(problem))
+        self._on_all("windows", release, "windows")
+        report.symmetric_bytes, problem = pool.fall_asleep()
+        if problem is not None:
+            self._errors.append(SleepError(problem))
 
-    def _suspend(self, communicators: GroupCommunicators, report: SleepReport) -> None:
-        comm = communicators.pynccl
-        if comm is None or comm.is_suspended:
-            return
+    def _on_all(self, stage: str, work: Callable[[GroupCommunicators], None], what: str) -> None:
+        """Does so with each, and draws the same conclusion from how it went on all of its ranks.
 
-        def suspend() -> None:
-            outcome = communicators.suspend()
-            if isinstance(outcome, str):
-                report.awake[comm.member.name] = outcome
-            else:
-                report.communicators[comm.member.name] = outcome
-
-        self._try("nccl", communicators, suspend)
-
-    def _try(self, what: str, communicators: GroupCommunicators, work: Callable[[], Any]) -> None:
-        try:
-            work()
-        except (DistcommError, TimeoutError) as error:
-            self._failed(what, communicators, error)
-
-    def _failed(self, what: str, communicators: GroupCommunicators, error: Exception) -> None:
-        self._errors.append(error)
-        self._broken.append((what, list(communicators.ranks)))
-
-    def _give_up_everywhere(self) -> None:
-        """What failed on one rank of a communicator is of no use to the others either."""
-        told = self._steps.exchange("communicators", {"broken": self._broken})
-        broken = {(what, tuple(ranks)) for each in told for what, ranks in each["broken"]}
+        Args:
+            what: of those that failed on a rank, what is no good any more on all of them:
+                ``"nccl"``, ``"windows"``, or ``"kernels"``, which may be tried again.
+        """
+        failed: dict[tuple[int, ...], str] = {}
         for communicators in self._state.communicators:
-            for what in ("windows", "nccl"):
-                if (what, communicators.ranks) in broken:
+            # torch's errors, too: what one rank lacks memory for, others have done already.
+            error = _tried(partial(work, communicators))
+            if error is not None:
+                self._errors.append(error)
+                lost = isinstance(error, SymmetricMismatchError)
+                failed[communicators.ranks] = "windows" if lost else what
+        told = self._steps.exchange(stage, _as_json(failed))
+        broken = {(tuple(ranks), what) for each in told for ranks, what in each}
+        for communicators in self._state.communicators:
+            for what in ("nccl", "windows"):
+                if (communicators.ranks, what) in broken:
                     communicators.give_up(what)
+            if (communicators.ranks, "kernels") in broken:
+                communicators.pause_kernels()
 
 
 def _prepare(
@@ -252,17 +266,27 @@ def _prepare(
     """All that may be in the way of falling asleep, found before anything changes."""
     _check_tags("sleep", "offload_tags", pools, offload_tags)
     _check_tags("sleep", "tags", pools, tags)
+    if state is not None and state.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise SleepError(f"a CUDA graph is being captured [rank {state.rank}]")
+        # What others do with this rank's memory ends with work that it has been given, too.
+        state.wait_for_device()
+        memory = state.symmetric_pool
+        if symmetric and memory is not None and memory.why_awake is not None:
+            raise SleepError(
+                f"symmetric memory can't sleep: {memory.why_awake} [rank {state.rank}]"
+            )
     for pool in pools:
         pool.prepare_sleep(_known(pool, offload_tags) or (), tags=_known(pool, tags))
-    if state is None or state.device.type != "cuda":
-        return
-    if torch.cuda.is_current_stream_capturing():
-        raise SleepError(f"a CUDA graph is being captured [rank {state.rank}]")
-    # What other ranks do with this one's memory ends with work that this one has been given, too.
-    state.wait_for_device()
-    memory = state.symmetric_pool
-    if symmetric and memory is not None and not memory.asleep and memory.why_awake is not None:
-        raise SleepError(f"symmetric memory can't sleep: {memory.why_awake} [rank {state.rank}]")
+
+
+def _extra_s(pools: Sequence[SleepablePool]) -> float:
+    """What other ranks may have to wait for this one's pools."""
+    return sum(pool.timeout_s for pool in pools)
+
+
+def _as_json(by_ranks: Mapping[tuple[int, ...], Any]) -> list[Any]:
+    return [[list(ranks), value] for ranks, value in by_ranks.items()]
 
 
 def _put_to_sleep(

@@ -11,7 +11,7 @@ import torch
 
 from ..algorithms import AlgorithmTable
 from ..checks import check_output, gathered_shapes, materialized, scattered_shapes
-from ..errors import ArgumentError, GroupMember
+from ..errors import ArgumentError, GroupMember, SymmetricMemoryError
 from ..kernels import (
     DTYPES,
     VECTOR_BYTES,
@@ -72,18 +72,19 @@ class KernelCollectives:
         self.table = table
         self._choices.clear()
 
-    def reopen(self) -> str | None:
-        """After the channel was: mailboxes are where it says now. Local; or why there are none."""
+    def reopen(self) -> None:
+        """After the channel was: mailboxes are where it says now. Local.
+
+        Raises:
+            SymmetricMemoryError: there are none.
+        """
         self._choices.clear()
         self.__dict__.pop("peers", None)
-        if self.channel.problem is not None:
-            return self.channel.problem
         if not self.channel.mailboxes:
-            return "the ranks' mailboxes are not evenly spaced"
+            raise SymmetricMemoryError("the ranks' mailboxes are not evenly spaced any more")
         self.boxes = replace(self.boxes, base=self.channel.mailboxes, stride=self.channel.stride)
         self.boxes.turns.zero_()  # mailboxes are empty, as at first
         torch.cuda.current_stream(self.boxes.turns.device).synchronize()
-        return None
 
     def backend(
         self, op: str, algorithm: str, nccl: Backend, member: GroupMember, device: torch.device

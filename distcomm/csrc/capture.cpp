@@ -190,8 +190,8 @@ DISTCOMM_EXPORT int distcomm_fenced_group_end(const NcclSymbols* nccl, CudaStrea
   return fence.put(nccl->group_end());
 }
 
-// Copies from the device to the host, or between addresses of devices that this process can
-// reach. Return a CUresult.
+// Copies from the device to the host, or between addresses of devices that this process can reach;
+// fills with one byte. Return a CUresult.
 
 DISTCOMM_EXPORT int distcomm_read_device(void* host, DevicePointer device, size_t num_bytes) {
   const CudaDriver& driver = cuda_driver();
@@ -202,4 +202,10 @@ DISTCOMM_EXPORT int distcomm_copy_async(DevicePointer to, DevicePointer from, si
                                         CudaStream stream) {
   const CudaDriver& driver = cuda_driver();
   return driver.complete() ? driver.memcpy_async(to, from, num_bytes, stream) : kNotSupported;
+}
+
+DISTCOMM_EXPORT int distcomm_fill_async(DevicePointer to, unsigned char value, size_t num_bytes,
+                                        CudaStream stream) {
+  const CudaDriver& driver = cuda_driver();
+  return driver.complete() ? driver.memset_d8_async(to, value, num_bytes, stream) : kNotSupported;
 }

@@ -47,6 +47,7 @@ CudaDriver open_driver() {
   resolve(library, "cuDeviceGetAttribute", driver.device_get_attribute);
   resolve(library, "cuStreamSynchronize", driver.stream_synchronize);
   resolve(library, "cuGetErrorString", driver.get_error_string);
+  resolve(library, "cuMemsetD8Async", driver.memset_d8_async);
   resolve(library, "cuMemcpy2DAsync_v2", driver.memcpy_2d_async);
   resolve(library, "cuStreamBatchMemOp_v2", driver.stream_batch_mem_op);
   return driver;
@@ -60,7 +61,7 @@ bool CudaDriver::complete() const {
          user_object_release != nullptr && thread_exchange_capture_mode != nullptr &&
          device_primary_ctx_retain != nullptr && ctx_push_current != nullptr &&
          ctx_pop_current != nullptr && ctx_synchronize != nullptr && memcpy_dtoh != nullptr &&
-         memcpy_async != nullptr;
+         memcpy_async != nullptr && memset_d8_async != nullptr;
 }
 
 bool CudaDriver::has_edge_data() const {

@@ -116,6 +116,7 @@ struct CudaDriver {
   CudaResult (*device_get_attribute)(int*, int, int) = nullptr;
   CudaResult (*stream_synchronize)(CudaStream) = nullptr;
   CudaResult (*get_error_string)(CudaResult, const char**) = nullptr;
+  CudaResult (*memset_d8_async)(DevicePointer, unsigned char, size_t, CudaStream) = nullptr;
   CudaResult (*memcpy_2d_async)(const CudaMemcpy2D*, CudaStream) = nullptr;
   CudaResult (*stream_batch_mem_op)(CudaStream, unsigned, CudaBatchMemOp*, unsigned) = nullptr;
 

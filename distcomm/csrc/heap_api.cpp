@@ -118,11 +118,15 @@ DISTCOMM_EXPORT void distcomm_heap_trim(SegmentHeap* heap) { heap->trim(); }
 
 DISTCOMM_EXPORT void distcomm_heap_shut_down(SegmentHeap* heap) { heap->shut_down(); }
 
+DISTCOMM_EXPORT int distcomm_heap_can_sleep(SegmentHeap* heap) { return heap->can_sleep(); }
+
 DISTCOMM_EXPORT int distcomm_heap_fall_asleep(SegmentHeap* heap, int64_t* bytes) {
   return heap->fall_asleep(bytes);
 }
 
-DISTCOMM_EXPORT int distcomm_heap_wake_up(SegmentHeap* heap) { return heap->wake_up(); }
+DISTCOMM_EXPORT int distcomm_heap_wake_up(SegmentHeap* heap, int64_t* bytes) {
+  return heap->wake_up(bytes);
+}
 
 DISTCOMM_EXPORT size_t distcomm_heap_num_new(SegmentHeap* heap, NcclComm comm) {
   return heap->num_new(comm);

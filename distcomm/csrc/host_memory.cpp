@@ -1,37 +1,51 @@
 #include "host_memory.h"
 
 namespace distcomm {
+namespace {
+
+using Lock = std::lock_guard<std::mutex>;
+
+}  // namespace
 
 CudaResult HostMemory::prepare(const std::vector<size_t>& sizes) {
-  std::multimap<size_t, void*> ready;  // of free_, what fits
+  Buffers ready, rest;  // of what is free, what fits, and what doesn't
   std::vector<size_t> missing;
+  {
+    const Lock lock(mutex_);
+    std::swap(rest, free_);
+    free_bytes_ = 0;
+  }
   for (const size_t size : sizes) {
-    const auto found = free_.find(size);
-    if (found == free_.end()) {
+    const auto found = rest.find(size);
+    if (found == rest.end()) {
       missing.push_back(size);
     } else {
-      ready.insert(free_.extract(found));
+      ready.insert(rest.extract(found));
     }
   }
-  if (!missing.empty()) trim();
-  free_.merge(ready);
-  free_bytes_ = 0;
-  for (const auto& [size, buffer] : free_) free_bytes_ += size;
-  std::vector<std::multimap<size_t, void*>::iterator> made;
-  for (const size_t size : missing) {
+  put(ready);
+  if (missing.empty()) {
+    put(rest);
+  } else {
+    free_all(std::move(rest));
+  }
+  Buffers made;
+  CudaResult result = kCudaSuccess;
+  for (auto size = missing.begin(); size != missing.end() && result == kCudaSuccess; ++size) {
     void* buffer = nullptr;
-    const CudaResult result = driver_.mem_host_alloc(&buffer, size, 0);
-    if (result != kCudaSuccess) {
-      for (const auto& each : made) free_one(each);
-      return result;
-    }
-    made.push_back(free_.insert({size, buffer}));
-    free_bytes_ += size;
+    result = driver_.mem_host_alloc(&buffer, *size, 0);
+    if (result == kCudaSuccess) made.insert({*size, buffer});
   }
-  return kCudaSuccess;
+  if (result == kCudaSuccess) {
+    put(made);
+  } else {
+    free_all(std::move(made));
+  }
+  return result;
 }
 
 void* HostMemory::take(size_t size) {
+  const Lock lock(mutex_);
   const auto found = free_.find(size);
   if (found == free_.end()) return nullptr;
   void* const buffer = found->second;
@@ -42,25 +56,52 @@ void* HostMemory::take(size_t size) {
 }
 
 void HostMemory::give_back(void* buffer, size_t size) {
+  const Lock lock(mutex_);
   free_.insert({size, buffer});
   taken_bytes_ -= size;
   free_bytes_ += size;
 }
 
 size_t HostMemory::trim() {
-  size_t trimmed = 0;
-  while (!free_.empty()) {
-    trimmed += free_.begin()->first;
-    free_one(free_.begin());
+  Buffers all;
+  {
+    const Lock lock(mutex_);
+    std::swap(all, free_);
+    free_bytes_ = 0;
   }
-  free_bytes_ = 0;
-  return trimmed;
+  return free_all(std::move(all));
 }
 
-void HostMemory::free_one(std::multimap<size_t, void*>::iterator buffer) {
-  driver_.mem_free_host(buffer->second);
-  free_bytes_ -= buffer->first;
-  free_.erase(buffer);
+size_t HostMemory::bytes() const {
+  const Lock lock(mutex_);
+  return free_bytes_ + taken_bytes_;
+}
+
+size_t HostMemory::free_bytes() const {
+  const Lock lock(mutex_);
+  return free_bytes_;
+}
+
+size_t HostMemory::free_all(Buffers buffers) {
+  size_t freed = 0;
+  for (auto buffer = buffers.begin(); buffer != buffers.end();) {
+    if (driver_.mem_free_host(buffer->second) == kCudaSuccess) {
+      freed += buffer->first;
+      buffer = buffers.erase(buffer);
+    } else {
+      ++buffer;
+    }
+  }
+  put(buffers);
+  return freed;
+}
+
+void HostMemory::put(const Buffers& buffers) {
+  const Lock lock(mutex_);
+  for (const auto& [size, buffer] : buffers) {
+    free_.insert({size, buffer});
+    free_bytes_ += size;
+  }
 }
 
 }  // namespace distcomm

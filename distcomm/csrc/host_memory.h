@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <map>
+#include <mutex>
 #include <vector>
 
 #include "cuda_driver.h"
@@ -13,7 +14,8 @@ namespace distcomm {
 // takes much longer than copying. Before more is pinned, what fits no request goes, so that there
 // is never more than the largest set of requests so far.
 //
-// Not thread-safe. A context of the device has to be current.
+// Thread-safe, but for prepare() and trim(), of which only one may run at a time; neither keeps the
+// others waiting. These two need a current context of the device.
 class HostMemory {
  public:
   explicit HostMemory(const CudaDriver& driver) : driver_(driver) {}
@@ -27,17 +29,21 @@ class HostMemory {
   void* take(size_t size);
   // What take() returned.
   void give_back(void* buffer, size_t size);
-  // Frees the buffers that nobody has; how many bytes.
+  // Frees the buffers that nobody has; how many bytes. What the driver doesn't take back stays.
   size_t trim();
 
-  size_t bytes() const { return free_bytes_ + taken_bytes_; }
-  size_t free_bytes() const { return free_bytes_; }
+  size_t bytes() const;
+  size_t free_bytes() const;
 
  private:
-  void free_one(std::multimap<size_t, void*>::iterator buffer);
+  using Buffers = std::multimap<size_t, void*>;  // by size
+
+  size_t free_all(Buffers buffers);
+  void put(const Buffers& buffers);
 
   const CudaDriver& driver_;
-  std::multimap<size_t, void*> free_;  // by size
+  mutable std::mutex mutex_;  // guards all below; not held while the driver is called
+  Buffers free_;
   size_t free_bytes_ = 0;
   size_t taken_bytes_ = 0;
 };

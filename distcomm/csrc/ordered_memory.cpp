@@ -72,6 +72,11 @@ NcclResult OrderedMemory::take_again(void* pointer) {
   return kNcclSuccess;
 }
 
+bool OrderedMemory::has_memory(void* pointer) const {
+  const auto found = mappings_.find(device_pointer(pointer));
+  return found == mappings_.end() || found->second.has_memory;
+}
+
 bool OrderedMemory::is_mapped(void* pointer) const {
   return mappings_.count(device_pointer(pointer)) > 0;
 }

@@ -37,6 +37,8 @@ class OrderedMemory {
   NcclResult give_back(void* pointer);
   // Memory at the address again, its content undefined.
   NcclResult take_again(void* pointer);
+  // Whether something that alloc() returned hasn't been given back.
+  bool has_memory(void* pointer) const;
   // Whether something that alloc() returned lies in the range.
   bool is_mapped(void* pointer) const;
 

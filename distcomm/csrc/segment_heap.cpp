@@ -154,6 +154,7 @@ void SegmentHeap::retire_all() {
   asleep_ = false;
   for (const int64_t ordinal : ordinals()) {
     retire(ordinal);
+    segments_.at(ordinal).of_the_past = true;
     release_if_empty(ordinal);
   }
 }
@@ -173,45 +174,58 @@ void SegmentHeap::shut_down() {
   shut_down_ = true;
 }
 
+bool SegmentHeap::can_sleep() {
+  t_failure = AllocationFailure{};
+  const Lock lock(mutex_);
+  for (const auto& [ordinal, segment] : segments_) {
+    const char* const why = why_awake(segment);
+    if (why == nullptr) continue;
+    fail(FailureKind::kNccl, segment.size, kNcclInvalidUsage,
+         "segment " + std::to_string(ordinal) + " " + why);
+    return false;
+  }
+  return true;
+}
+
 NcclResult SegmentHeap::fall_asleep(int64_t* bytes) {
   *bytes = 0;
   t_failure = AllocationFailure{};
   const Lock lock(mutex_);
-  for (const auto& [ordinal, segment] : segments_) {
-    const char* const problem = segment.num_pins > 0 ? "is being registered"
-                                : !memory_.is_mapped(segment.base)
-                                    ? "lies at NCCL's own address, which would not stay"
-                                    : nullptr;
-    if (problem == nullptr && !has_windows(ordinal)) continue;
-    fail(FailureKind::kNccl, segment.size, kNcclInvalidUsage,
-         "segment " + std::to_string(ordinal) + " " +
-             (problem != nullptr ? problem : "still has windows"));
-    return kNcclInvalidUsage;
-  }
   asleep_ = true;
   NcclResult result = kNcclSuccess;
   for (const auto& [ordinal, segment] : segments_) {
-    const NcclResult given = memory_.give_back(segment.base);
+    if (segment.of_the_past || !memory_.has_memory(segment.base)) continue;
+    const char* why = why_awake(segment);
+    if (why == nullptr && has_windows(ordinal)) why = "still has windows";
+    const NcclResult given = why == nullptr ? memory_.give_back(segment.base) : kNcclInvalidUsage;
     if (given == kNcclSuccess) {
       *bytes += static_cast<int64_t>(segment.size);
     } else if (result == kNcclSuccess) {
       result = given;
-      fail(FailureKind::kNccl, segment.size, given, nccl_text("ncclMemFree", given));
+      fail(FailureKind::kNccl, segment.size, given,
+           why == nullptr ? nccl_text("ncclMemFree", given)
+                          : "segment " + std::to_string(ordinal) + " " + why);
     }
   }
   return result;
 }
 
-NcclResult SegmentHeap::wake_up() {
+NcclResult SegmentHeap::wake_up(int64_t* bytes) {
+  *bytes = 0;
   t_failure = AllocationFailure{};
   const Lock lock(mutex_);
-  for (auto entry = segments_.begin(); entry != segments_.end(); ++entry) {
-    const NcclResult result = memory_.take_again(entry->second.base);
-    if (result == kNcclSuccess) continue;
-    fail(FailureKind::kNccl, entry->second.size, result, nccl_text("ncclMemAlloc", result));
-    for (auto taken = segments_.begin(); taken != entry; ++taken) {
-      memory_.give_back(taken->second.base);
+  std::vector<char*> taken;
+  for (const auto& [ordinal, segment] : segments_) {
+    if (segment.of_the_past || memory_.has_memory(segment.base)) continue;
+    const NcclResult result = memory_.take_again(segment.base);
+    if (result == kNcclSuccess) {
+      taken.push_back(segment.base);
+      *bytes += static_cast<int64_t>(segment.size);
+      continue;
     }
+    fail(FailureKind::kNccl, segment.size, result, nccl_text("ncclMemAlloc", result));
+    for (char* const base : taken) memory_.give_back(base);
+    *bytes = 0;
     return result;
   }
   asleep_ = false;
@@ -389,6 +403,12 @@ std::string SegmentHeap::nccl_text(const char* call, NcclResult code) const {
   }
   const char* const last = nccl_.last_error != nullptr ? nccl_.last_error(nullptr) : nullptr;
   return last != nullptr && *last != '\0' ? text + ": " + last : text;
+}
+
+const char* SegmentHeap::why_awake(const Segment& segment) const {
+  if (segment.num_pins > 0) return "is being registered";
+  if (segment.of_the_past || memory_.is_mapped(segment.base)) return nullptr;
+  return "lies at NCCL's own address, which would not stay";
 }
 
 bool SegmentHeap::has_windows(int64_t ordinal) const {

@@ -114,13 +114,17 @@ class SegmentHeap {
   // The process is about to end: memory given back stays as it is.
   void shut_down();
 
+  // Whether fall_asleep() can give back all segments; take_failure() says why not. Windows, which
+  // end before, don't count.
+  bool can_sleep();
   // Gives back the memory of all segments; their addresses stay, and what is carved out of them.
-  // No communicator may have windows any more, and nothing may use the memory. From then on
-  // nothing can be allocated, whether it returns an error or not. `bytes`: how many were given
-  // back.
+  // No communicator may have windows any more, and nothing may use the memory. What can't be given
+  // back stays, with an error. In any case nothing can be allocated until wake_up(). `bytes`: how
+  // many were given back by this call. Segments of before retire_all() are left as they are.
   NcclResult fall_asleep(int64_t* bytes);
-  // Memory for all segments again, its content undefined. On an error none has.
-  NcclResult wake_up();
+  // Memory for all segments again, its content undefined. On an error all is as before. `bytes`: how
+  // many were taken by this call.
+  NcclResult wake_up(int64_t* bytes);
 
   // How many segments `comm` hasn't seen: one lock and one compare if there are none.
   size_t num_new(NcclComm comm);
@@ -156,6 +160,7 @@ class SegmentHeap {
     size_t size;
     SegmentKind kind;
     bool retired = false;  // nothing more is carved out of it, and it gets no new window
+    bool of_the_past = false;  // retired by retire_all(): neither sleeps nor wakes up
     int num_pins = 0;  // registrations under way
   };
   struct Comm {
@@ -193,6 +198,8 @@ class SegmentHeap {
   std::string nccl_text(const char* call, NcclResult code) const;
   std::vector<int64_t> unseen(const Comm& comm, int64_t through) const;
   void take_back(const Range& range);
+  // Why a segment can't be given back; NULL if it can.
+  const char* why_awake(const Segment& segment) const;
   bool has_windows(int64_t ordinal) const;
   std::optional<int64_t> ordinal_at(const void* pointer) const;
 

@@ -104,17 +104,14 @@ DISTCOMM_EXPORT void distcomm_sleep_heap_discard(SleepHeap* heap, const int64_t*
 // The first `num_offloaded` of `tags` are offloaded.
 DISTCOMM_EXPORT int distcomm_sleep_heap_sleep(SleepHeap* heap, const int64_t* tags, size_t count,
                                               size_t num_offloaded, CudaStream first,
-                                              CudaStream second) {
-  return heap->sleep(list(tags, count), list(tags, num_offloaded), {first, second});
+                                              CudaStream second, SleepProgress* progress) {
+  return heap->sleep(list(tags, count), list(tags, num_offloaded), {first, second}, progress);
 }
 
 DISTCOMM_EXPORT int distcomm_sleep_heap_wake_up(SleepHeap* heap, const int64_t* tags, size_t count,
-                                                CudaStream first, CudaStream second) {
-  return heap->wake_up(list(tags, count), {first, second});
-}
-
-DISTCOMM_EXPORT void distcomm_sleep_heap_progress(SleepHeap* heap, int64_t* done, int64_t* total) {
-  heap->progress(done, total);
+                                                CudaStream first, CudaStream second,
+                                                SleepProgress* progress) {
+  return heap->wake_up(list(tags, count), {first, second}, progress);
 }
 
 DISTCOMM_EXPORT size_t distcomm_sleep_heap_trim_host(SleepHeap* heap) { return heap->trim_host(); }

@@ -34,7 +34,60 @@ bool has(const std::vector<int64_t>& tags, int64_t tag) {
 
 DevicePointer device_pointer(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
+void* host_pointer(DevicePointer address) {
+  return reinterpret_cast<void*>(static_cast<uintptr_t>(address));
+}
+
+// Others read it meanwhile.
+void set(int64_t* value, int64_t to) { __atomic_store_n(value, to, __ATOMIC_RELAXED); }
+
 }  // namespace
+
+class SleepHeap::Move {
+ public:
+  Move(SleepHeap& heap, const Tags& tags)
+      : heap_(heap), moving_(heap.move_mutex_), context_(heap.driver_, heap.device_),
+        relaxed_(heap.driver_) {
+    t_failure = SleepFailure{};
+    if (!context_.is_current()) {
+      result_ = heap.fail("cuCtxPushCurrent", kInvalidContext);
+      return;
+    }
+    heap.give_back_pending();
+    const Lock lock(heap.mutex_);
+    heap.moving_ = tags;
+  }
+  ~Move() {
+    {
+      const Lock lock(heap_.mutex_);
+      heap_.moving_.clear();
+    }
+    if (context_.is_current()) heap_.give_back_pending();  // what was freed meanwhile
+  }
+  Move(const Move&) = delete;
+  Move& operator=(const Move&) = delete;
+
+  CudaResult result() const { return result_; }
+  // What is awake, or asleep, under those of the tags.
+  Chunks chunks(const Tags& tags, bool asleep) {
+    const Lock lock(heap_.mutex_);
+    Chunks chunks;
+    for (auto& [address, block] : heap_.blocks_) {
+      if (!has(tags, block.tag)) continue;
+      for (Chunk& chunk : block.chunks) {
+        if (chunk.is_asleep == asleep) chunks.push_back(&chunk);
+      }
+    }
+    return chunks;
+  }
+
+ private:
+  SleepHeap& heap_;
+  const std::lock_guard<std::mutex> moving_;
+  const CudaContext context_;
+  const RelaxedCapture relaxed_;
+  CudaResult result_ = kCudaSuccess;
+};
 
 SleepHeap::SleepHeap(const CudaDriver& driver, int device, size_t chunk_bytes)
     : driver_(driver), device_(device), chunk_bytes_(chunk_bytes), host_(driver) {}
@@ -59,61 +112,49 @@ int64_t SleepHeap::select(int64_t tag) {
 }
 
 void* SleepHeap::alloc(size_t size, CudaStream stream) {
-  // Asked before the lock is taken: the driver has locks of its own.
   const bool capturing = is_capturing(driver_, stream);
   const auto selected = t_tags.find(this);
   const int64_t tag = selected == t_tags.end() ? 0 : selected->second;
   t_failure = SleepFailure{};
-  const Lock lock(mutex_);
-  ++counters_.allocations;
   const CudaContext context(driver_, device_);
+  const RelaxedCapture relaxed(driver_);
+  void* pointer = nullptr;
   if (capturing || tag == 0 || !context.is_current()) {
-    ++counters_.failed_allocations;
     note(capturing ? "a captured CUDA graph can't have memory of a sleepable pool"
          : tag == 0 ? "this thread is in no block that allocates with a tag"
-                      : "the device can't be used", size);
-    return nullptr;
-  }
-  const RelaxedCapture relaxed(driver_);
-  release_pending();
-  DevicePointer address = 0;
-  Block block{0, tag, {}};
-  if (reserve(size, &address, &block) != kCudaSuccess) {
-    ++counters_.failed_allocations;
-    if (address != 0 && !release(address, block)) {  // tried again later
-      blocks_.emplace(address, std::move(block));
-      const Lock pending_lock(pending_mutex_);
-      pending_.push_back(reinterpret_cast<void*>(static_cast<uintptr_t>(address)));
+                    : "the device can't be used", size);
+  } else {
+    pointer = try_alloc(size, tag);
+    if (pointer == nullptr && t_failure.code == kOutOfMemory && has_pending()) {
+      give_back_pending();
+      t_failure = SleepFailure{};
+      pointer = try_alloc(size, tag);
     }
-    update_free_bytes();
-    return nullptr;
   }
-  blocks_.emplace(address, std::move(block));
-  return reinterpret_cast<void*>(static_cast<uintptr_t>(address));
+  const Lock lock(mutex_);
+  ++counters_.allocations;
+  if (pointer == nullptr) ++counters_.failed_allocations;
+  return pointer;
 }
 
 bool SleepHeap::free(void* pointer, CudaStream stream) {
   if (shut_down_) return true;
-  const bool capturing = is_capturing(driver_, stream);
   {
     const Lock lock(pending_mutex_);
     pending_.push_back(pointer);
   }
-  // Whoever holds the lock gives back what is pending when it lets go, or at the next call.
-  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-  if (!lock.owns_lock() || capturing) return true;
+  if (is_capturing(driver_, stream)) return true;
   const CudaContext context(driver_, device_);
   const RelaxedCapture relaxed(driver_);
   if (!context.is_current()) return true;
-  const std::vector<void*> unknown = release_pending();
+  const std::vector<void*> unknown = give_back_pending();
   return std::find(unknown.begin(), unknown.end(), pointer) == unknown.end();
 }
 
 void SleepHeap::settle() {
-  const Lock lock(mutex_);
   const CudaContext context(driver_, device_);
   const RelaxedCapture relaxed(driver_);
-  if (context.is_current()) release_pending();
+  if (context.is_current()) give_back_pending();
 }
 
 SleepFailure SleepHeap::take_failure() {
@@ -122,85 +163,48 @@ SleepFailure SleepHeap::take_failure() {
   return failure;
 }
 
-CudaResult SleepHeap::prepare(const std::vector<int64_t>& tags) {
-  t_failure = SleepFailure{};
-  const Lock lock(mutex_);
-  const CudaContext context(driver_, device_);
-  if (!context.is_current()) return fail("cuCtxPushCurrent", kInvalidContext);
-  const RelaxedCapture relaxed(driver_);
-  release_pending();
-  return prepare_locked(tags);
+CudaResult SleepHeap::prepare(const Tags& tags) {
+  Move move(*this, tags);
+  return move.result() != kCudaSuccess ? move.result() : pin(move.chunks(tags, false));
 }
 
-void SleepHeap::cancel(const std::vector<int64_t>& tags) {
-  const Lock lock(mutex_);
-  for (Chunk* const chunk : chunks_of(tags, false)) drop_host(*chunk);
+void SleepHeap::cancel(const Tags& tags) {
+  Move move(*this, tags);
+  drop_host(move.chunks(tags, false));
 }
 
-void SleepHeap::discard(const std::vector<int64_t>& tags) {
-  const Lock lock(mutex_);
-  for (Chunk* const chunk : chunks_of(tags, true)) drop_host(*chunk);
+void SleepHeap::discard(const Tags& tags) {
+  Move move(*this, tags);
+  drop_host(move.chunks(tags, true));
 }
 
-CudaResult SleepHeap::sleep(const std::vector<int64_t>& tags, const std::vector<int64_t>& offloaded,
-                            const CudaStream (&streams)[kNumStreams]) {
-  t_failure = SleepFailure{};
-  CudaResult result = kCudaSuccess;
-  {
-    const Lock lock(mutex_);
-    const CudaContext context(driver_, device_);
-    if (!context.is_current()) return fail("cuCtxPushCurrent", kInvalidContext);
-    const RelaxedCapture relaxed(driver_);
-    release_pending();
-    result = prepare_locked(offloaded);
-    if (result != kCudaSuccess) return result;
-    result = driver_.ctx_synchronize();
-    if (result != kCudaSuccess) return fail("cuCtxSynchronize", result);
-    std::vector<Chunk*> kept, discarded;
-    for (auto& [address, block] : blocks_) {
-      if (!has(tags, block.tag)) continue;
-      for (Chunk& chunk : block.chunks) {
-        if (!chunk.is_asleep) (has(offloaded, block.tag) ? kept : discarded).push_back(&chunk);
-      }
-    }
-    result = offload(kept, streams);
-    // Content is discarded only once all that isn't has been saved.
-    for (auto chunk = discarded.begin(); chunk != discarded.end() && result == kCudaSuccess;
-         ++chunk) {
-      drop_host(**chunk);
-      result = unmap(**chunk);
-      (*chunk)->is_asleep = (*chunk)->memory == 0;
-    }
-  }
-  settle();  // what was freed meanwhile
-  return result;
+CudaResult SleepHeap::sleep(const Tags& tags, const Tags& offloaded,
+                            const CudaStream (&streams)[kNumStreams], SleepProgress* progress) {
+  Move move(*this, tags);
+  if (move.result() != kCudaSuccess) return move.result();
+  Tags discarded;
+  std::copy_if(tags.begin(), tags.end(), std::back_inserter(discarded),
+               [&](int64_t tag) { return !has(offloaded, tag); });
+  const Chunks kept = move.chunks(offloaded, false);
+  CudaResult result = pin(kept);
+  if (result != kCudaSuccess) return result;
+  result = driver_.ctx_synchronize();
+  if (result != kCudaSuccess) return fail("cuCtxSynchronize", result);
+  result = offload(kept, streams, progress);
+  // Content is discarded only once all that isn't has been saved.
+  return result == kCudaSuccess ? put_to_sleep(move.chunks(discarded, false)) : result;
 }
 
-CudaResult SleepHeap::wake_up(const std::vector<int64_t>& tags,
-                              const CudaStream (&streams)[kNumStreams]) {
-  t_failure = SleepFailure{};
-  CudaResult result = kCudaSuccess;
-  {
-    const Lock lock(mutex_);
-    const CudaContext context(driver_, device_);
-    if (!context.is_current()) return fail("cuCtxPushCurrent", kInvalidContext);
-    const RelaxedCapture relaxed(driver_);
-    release_pending();
-    result = restore(chunks_of(tags, true), streams);
-  }
-  settle();
-  return result;
-}
-
-void SleepHeap::progress(int64_t* done, int64_t* total) const {
-  *total = bytes_to_copy_;
-  *done = std::min(copied_bytes_.load(), *total);
+CudaResult SleepHeap::wake_up(const Tags& tags, const CudaStream (&streams)[kNumStreams],
+                              SleepProgress* progress) {
+  Move move(*this, tags);
+  if (move.result() != kCudaSuccess) return move.result();
+  return restore(move.chunks(tags, true), streams, progress);
 }
 
 size_t SleepHeap::trim_host() {
-  const Lock lock(mutex_);
-  const CudaContext context(driver_, device_);
-  return context.is_current() ? host_.trim() : 0;
+  Move move(*this, {});
+  return move.result() == kCudaSuccess ? host_.trim() : 0;
 }
 
 SleepUsage SleepHeap::usage(int64_t tag) {
@@ -224,6 +228,244 @@ SleepStats SleepHeap::stats() {
   stats.host_bytes = static_cast<int64_t>(host_.bytes());
   stats.free_host_bytes = static_cast<int64_t>(host_.free_bytes());
   return stats;
+}
+
+// ---- Allocation.
+
+void* SleepHeap::try_alloc(size_t size, int64_t tag) {
+  const Lock lock(mutex_);
+  if (is_moving(tag)) {
+    note("the memory under this tag is being put to sleep or woken up", size);
+    return nullptr;
+  }
+  DevicePointer address = 0;
+  Block block{0, tag, {}};
+  if (reserve(size, &address, &block) == kCudaSuccess) {
+    blocks_.emplace(address, std::move(block));
+    return host_pointer(address);
+  }
+  if (address != 0 && !release(address, block)) {  // tried again later
+    blocks_.emplace(address, std::move(block));
+    const Lock pending_lock(pending_mutex_);
+    pending_.push_back(host_pointer(address));
+  }
+  update_free_bytes();
+  return nullptr;
+}
+
+bool SleepHeap::has_pending() {
+  const Lock lock(pending_mutex_);
+  return !pending_.empty();
+}
+
+std::vector<void*> SleepHeap::give_back_pending() {
+  if (shut_down_) return {};
+  std::vector<void*> pending, kept, unknown;
+  {
+    const Lock lock(pending_mutex_);
+    std::swap(pending, pending_);
+  }
+  if (pending.empty()) return unknown;
+  bool waits = false;
+  {
+    const Lock lock(mutex_);
+    for (void* const pointer : pending) {
+      const auto block = blocks_.find(device_pointer(pointer));
+      if (block == blocks_.end() || is_moving(block->second.tag)) continue;
+      for (const Chunk& chunk : block->second.chunks) waits |= chunk.memory != 0;
+    }
+  }
+  // Without the lock, which others need who don't wait for the device.
+  if (waits && driver_.ctx_synchronize() != kCudaSuccess) {
+    kept = std::move(pending);  // it may still be in use
+    pending.clear();
+  }
+  const Lock lock(mutex_);
+  for (void* const pointer : pending) {
+    const auto block = blocks_.find(device_pointer(pointer));
+    if (block == blocks_.end()) {
+      ++counters_.unknown_frees;
+      unknown.push_back(pointer);
+    } else if (is_moving(block->second.tag)) {
+      kept.push_back(pointer);
+    } else if (release(block->first, block->second)) {
+      blocks_.erase(block);
+    } else {
+      ++counters_.failed_releases;
+      kept.push_back(pointer);
+    }
+  }
+  const Lock pending_lock(pending_mutex_);
+  pending_.insert(pending_.end(), kept.begin(), kept.end());
+  return unknown;
+}
+
+// ---- During a Move.
+
+CudaResult SleepHeap::pin(const Chunks& chunks) {
+  std::vector<size_t> sizes;
+  size_t total = 0;
+  for (const Chunk* const chunk : chunks) {
+    if (chunk->host != nullptr) continue;
+    sizes.push_back(chunk->size);
+    total += chunk->size;
+  }
+  const CudaResult result = host_.prepare(sizes);
+  if (result != kCudaSuccess) return fail("cuMemHostAlloc", result, total);
+  const Lock lock(mutex_);
+  for (Chunk* const chunk : chunks) {
+    if (chunk->host == nullptr) chunk->host = host_.take(chunk->size);
+  }
+  return kCudaSuccess;
+}
+
+CudaResult SleepHeap::offload(const Chunks& chunks, const CudaStream (&streams)[kNumStreams],
+                              SleepProgress* progress) {
+  int64_t done = 0, total = 0;
+  for (const Chunk* const chunk : chunks) total += static_cast<int64_t>(chunk->size);
+  set(&progress->done, 0);
+  set(&progress->total, total);
+  CudaResult result = kCudaSuccess;
+  size_t num_unmapped = 0;
+  // A chunk is unmapped while the next one is copied.
+  for (size_t i = 0; i <= chunks.size() && result == kCudaSuccess; ++i) {
+    if (i < chunks.size()) {
+      const Chunk& next = *chunks[i];
+      result = driver_.memcpy_async(device_pointer(next.host), next.address, next.size,
+                                    streams[i % kNumStreams]);
+      if (result != kCudaSuccess) fail("cuMemcpyAsync", result);
+    }
+    if (i == 0 || result != kCudaSuccess) continue;
+    Chunk& copied = *chunks[i - 1];
+    result = driver_.stream_synchronize(streams[(i - 1) % kNumStreams]);
+    if (result != kCudaSuccess) {
+      fail("cuStreamSynchronize", result);
+      continue;
+    }
+    result = put_to_sleep(copied, true);
+    if (!copied.is_asleep) continue;
+    ++num_unmapped;
+    set(&progress->done, done += static_cast<int64_t>(copied.size));
+  }
+  if (result == kCudaSuccess) return result;
+  // Back to where it was, as far as the driver lets it.
+  const SleepFailure failure = t_failure;
+  const bool has_ended = wait_for(streams) == kCudaSuccess;
+  SleepProgress undone{};
+  restore({chunks.begin(), chunks.begin() + num_unmapped}, streams, &undone);
+  // Neither what still has the only copy of the content, nor what one may still be written to.
+  Chunks awake;
+  std::copy_if(chunks.begin(), chunks.end(), std::back_inserter(awake),
+               [](const Chunk* chunk) { return !chunk->is_asleep; });
+  if (has_ended) drop_host(awake);
+  t_failure = failure;
+  return result;
+}
+
+CudaResult SleepHeap::put_to_sleep(const Chunks& chunks) {
+  drop_host(chunks);
+  for (Chunk* const chunk : chunks) {
+    const CudaResult result = put_to_sleep(*chunk, false);
+    if (result != kCudaSuccess) return result;
+  }
+  return kCudaSuccess;
+}
+
+CudaResult SleepHeap::restore(const Chunks& chunks, const CudaStream (&streams)[kNumStreams],
+                              SleepProgress* progress) {
+  size_t needed = 0;
+  int64_t done = 0, total = 0;
+  bool has_leftovers = false;
+  for (const Chunk* const chunk : chunks) {
+    if (chunk->memory == 0) needed += chunk->size;
+    has_leftovers |= chunk->memory != 0;
+    if (chunk->is_offloaded) total += static_cast<int64_t>(chunk->size);
+  }
+  set(&progress->done, 0);
+  set(&progress->total, total);
+  size_t num_free = 0, all = 0;
+  if (driver_.mem_get_info(&num_free, &all) == kCudaSuccess && num_free < needed) {
+    return fail("cuMemGetInfo", kOutOfMemory, needed);
+  }
+  CudaResult result = has_leftovers ? wait_for(streams) : kCudaSuccess;
+  // An earlier call's copies may still use them.
+  if (result != kCudaSuccess) return fail("cuStreamSynchronize", result);
+  size_t num_mapped = 0;
+  for (size_t i = 0; i < chunks.size() && result == kCudaSuccess; ++i) {
+    Chunk& chunk = *chunks[i];
+    result = map_anew(chunk);
+    if (result != kCudaSuccess) break;
+    ++num_mapped;
+    if (!chunk.is_offloaded) continue;
+    const CudaStream stream = streams[i % kNumStreams];
+    // Of the copy before the one before, so that one is always under way.
+    result = driver_.stream_synchronize(stream);
+    if (result != kCudaSuccess) {
+      fail("cuStreamSynchronize", result);
+      break;
+    }
+    result = driver_.memcpy_async(chunk.address, device_pointer(chunk.host), chunk.size, stream);
+    if (result != kCudaSuccess) fail("cuMemcpyAsync", result);
+    set(&progress->done, done);
+    done += static_cast<int64_t>(chunk.size);
+  }
+  const CudaResult waited = wait_for(streams);
+  if (result == kCudaSuccess && waited != kCudaSuccess) {
+    result = fail("cuStreamSynchronize", waited);
+  }
+  if (result != kCudaSuccess) {
+    SleepFailure failure = t_failure;
+    failure.needed_bytes = static_cast<int64_t>(needed);
+    // What a copy may still be using keeps its memory, until it is tried again.
+    const bool has_ended = waited == kCudaSuccess || wait_for(streams) == kCudaSuccess;
+    for (size_t i = 0; i < num_mapped; ++i) {
+      if (has_ended || !chunks[i]->is_offloaded) put_to_sleep(*chunks[i], chunks[i]->is_offloaded);
+    }
+    t_failure = failure;
+    update_free_bytes();
+    return result;
+  }
+  set(&progress->done, total);
+  drop_host(chunks);
+  const Lock lock(mutex_);
+  for (Chunk* const chunk : chunks) chunk->is_asleep = false;
+  return kCudaSuccess;
+}
+
+CudaResult SleepHeap::map_anew(Chunk& chunk) {
+  CudaMemory memory = chunk.memory;
+  CudaResult result = kCudaSuccess;
+  if (memory != 0) result = unmap(chunk.address, chunk.size, &memory);  // that could not be undone
+  if (result == kCudaSuccess) result = map(chunk.address, chunk.size, &memory);
+  const Lock lock(mutex_);
+  chunk.memory = memory;
+  return result;
+}
+
+CudaResult SleepHeap::put_to_sleep(Chunk& chunk, bool is_offloaded) {
+  CudaMemory memory = chunk.memory;
+  const CudaResult result = unmap(chunk.address, chunk.size, &memory);
+  const Lock lock(mutex_);
+  chunk.memory = memory;
+  if (memory == 0) {
+    chunk.is_asleep = true;
+    chunk.is_offloaded = is_offloaded;
+  }
+  return result;
+}
+
+CudaResult SleepHeap::wait_for(const CudaStream (&streams)[kNumStreams]) {
+  CudaResult result = kCudaSuccess;
+  for (const CudaStream stream : streams) {
+    const CudaResult waited = driver_.stream_synchronize(stream);
+    if (result == kCudaSuccess) result = waited;
+  }
+  return result;
+}
+
+void SleepHeap::drop_host(const Chunks& chunks) {
+  const Lock lock(mutex_);
+  for (Chunk* const chunk : chunks) drop_host(*chunk);
 }
 
 // ---- With the lock held.
@@ -253,7 +495,7 @@ CudaResult SleepHeap::reserve(size_t size, DevicePointer* address, Block* block)
     block->chunks.push_back({*address + offset, std::min(step, block->size - offset)});
   }
   for (Chunk& chunk : block->chunks) {
-    result = map(chunk);
+    result = map(chunk.address, chunk.size, &chunk.memory);
     if (result == kCudaSuccess) continue;
     t_failure.needed_bytes = static_cast<int64_t>(block->size);
     return result;
@@ -261,114 +503,18 @@ CudaResult SleepHeap::reserve(size_t size, DevicePointer* address, Block* block)
   return kCudaSuccess;
 }
 
-CudaResult SleepHeap::map(Chunk& chunk) {
-  const CudaMemProp prop = properties();
-  CudaMemory memory = 0;
-  CudaResult result = driver_.mem_create(&memory, chunk.size, &prop, 0);
-  if (result != kCudaSuccess) return fail("cuMemCreate", result, chunk.size);
-  result = driver_.mem_map(chunk.address, chunk.size, 0, memory, 0);
-  if (result != kCudaSuccess) {
-    driver_.mem_release(memory);
-    return fail("cuMemMap", result);
-  }
-  const CudaMemAccess access = {kDevice, device_, kReadWrite};
-  result = driver_.mem_set_access(chunk.address, chunk.size, &access, 1);
-  if (result != kCudaSuccess) {
-    fail("cuMemSetAccess", result);
-    if (driver_.mem_unmap(chunk.address, chunk.size) == kCudaSuccess) {
-      driver_.mem_release(memory);
-    } else {
-      chunk.memory = memory;  // to be unmapped later
-    }
-    return result;
-  }
-  chunk.memory = memory;
-  return kCudaSuccess;
-}
-
-CudaResult SleepHeap::unmap(Chunk& chunk) {
-  CudaResult result = driver_.mem_unmap(chunk.address, chunk.size);
-  if (result != kCudaSuccess) return fail("cuMemUnmap", result);
-  result = driver_.mem_release(chunk.memory);
-  chunk.memory = 0;  // without its mapping it is of no use, whatever becomes of it
-  return result == kCudaSuccess ? result : fail("cuMemRelease", result);
-}
-
 bool SleepHeap::release(DevicePointer address, Block& block) {
   const SleepFailure failure = t_failure;  // that of the call which comes here, not of this one
   bool released = true;
   for (Chunk& chunk : block.chunks) {
     drop_host(chunk);
-    if (chunk.memory != 0) released &= unmap(chunk) == kCudaSuccess || chunk.memory == 0;
+    if (chunk.memory != 0) unmap(chunk.address, chunk.size, &chunk.memory);
+    released &= chunk.memory == 0;
   }
   released = released && driver_.mem_address_free(address, block.size) == kCudaSuccess;
   if (!released) block.tag = 0;  // what is left of it neither sleeps nor wakes up
   t_failure = failure;
   return released;
-}
-
-std::vector<void*> SleepHeap::release_pending() {
-  if (shut_down_) return {};
-  std::vector<void*> pending, unknown;
-  {
-    const Lock lock(pending_mutex_);
-    std::swap(pending, pending_);
-  }
-  if (pending.empty()) return unknown;
-  const bool waits = std::any_of(pending.begin(), pending.end(), [this](void* pointer) {
-    const auto block = blocks_.find(device_pointer(pointer));
-    return block != blocks_.end() &&
-           std::any_of(block->second.chunks.begin(), block->second.chunks.end(),
-                       [](const Chunk& chunk) { return chunk.memory != 0; });
-  });
-  std::vector<void*> kept;
-  if (waits && driver_.ctx_synchronize() != kCudaSuccess) {
-    kept = std::move(pending);  // it may still be in use
-    pending.clear();
-  }
-  for (void* const pointer : pending) {
-    const auto block = blocks_.find(device_pointer(pointer));
-    if (block == blocks_.end()) {
-      ++counters_.unknown_frees;
-      unknown.push_back(pointer);
-    } else if (release(block->first, block->second)) {
-      blocks_.erase(block);
-    } else {
-      ++counters_.failed_releases;
-      kept.push_back(pointer);
-    }
-  }
-  const Lock lock(pending_mutex_);
-  pending_.insert(pending_.end(), kept.begin(), kept.end());
-  return unknown;
-}
-
-std::vector<SleepHeap::Chunk*> SleepHeap::chunks_of(const std::vector<int64_t>& tags, bool asleep) {
-  std::vector<Chunk*> chunks;
-  for (auto& [address, block] : blocks_) {
-    if (!has(tags, block.tag)) continue;
-    for (Chunk& chunk : block.chunks) {
-      if (chunk.is_asleep == asleep) chunks.push_back(&chunk);
-    }
-  }
-  return chunks;
-}
-
-CudaResult SleepHeap::prepare_locked(const std::vector<int64_t>& tags) {
-  std::vector<Chunk*> chunks = chunks_of(tags, false);
-  chunks.erase(std::remove_if(chunks.begin(), chunks.end(),
-                              [](const Chunk* chunk) { return chunk->host != nullptr; }),
-               chunks.end());
-  std::vector<size_t> sizes;
-  size_t total = 0;
-  for (const Chunk* const chunk : chunks) {
-    sizes.push_back(chunk->size);
-    total += chunk->size;
-  }
-  const CudaResult result = host_.prepare(sizes);
-  if (result != kCudaSuccess) return fail("cuMemHostAlloc", result, total);
-  for (Chunk* const chunk : chunks) chunk->host = host_.take(chunk->size);
-  return kCudaSuccess;
 }
 
 void SleepHeap::drop_host(Chunk& chunk) {
@@ -377,112 +523,39 @@ void SleepHeap::drop_host(Chunk& chunk) {
   chunk.is_offloaded = false;
 }
 
-CudaResult SleepHeap::offload(const std::vector<Chunk*>& chunks,
-                              const CudaStream (&streams)[kNumStreams]) {
-  copied_bytes_ = bytes_to_copy_ = 0;
-  for (const Chunk* const chunk : chunks) bytes_to_copy_ += static_cast<int64_t>(chunk->size);
-  CudaResult result = kCudaSuccess;
-  size_t num_unmapped = 0;
-  // A chunk is unmapped while the next one is copied.
-  for (size_t i = 0; i <= chunks.size() && result == kCudaSuccess; ++i) {
-    if (i < chunks.size()) {
-      const Chunk& next = *chunks[i];
-      result = driver_.memcpy_async(device_pointer(next.host), next.address, next.size,
-                                    streams[i % kNumStreams]);
-      if (result != kCudaSuccess) fail("cuMemcpyAsync", result);
-    }
-    if (i == 0 || result != kCudaSuccess) continue;
-    Chunk& copied = *chunks[i - 1];
-    result = driver_.stream_synchronize(streams[(i - 1) % kNumStreams]);
-    if (result != kCudaSuccess) {
-      fail("cuStreamSynchronize", result);
-      continue;
-    }
-    result = unmap(copied);
-    if (copied.memory != 0) continue;
-    copied.is_asleep = copied.is_offloaded = true;
-    ++num_unmapped;
-    copied_bytes_ += static_cast<int64_t>(copied.size);
-  }
-  if (result == kCudaSuccess) return result;
-  // Back to where it was, as far as the driver lets it.
-  const SleepFailure failure = t_failure;
-  const bool has_ended = wait_for(streams) == kCudaSuccess;
-  restore({chunks.begin(), chunks.begin() + num_unmapped}, streams);
-  // Neither what still has the only copy of the content, nor what one may still be written to.
-  for (Chunk* const chunk : chunks) {
-    if (has_ended && !chunk->is_asleep) drop_host(*chunk);
-  }
-  t_failure = failure;
-  return result;
-}
+bool SleepHeap::is_moving(int64_t tag) const { return has(moving_, tag); }
 
-CudaResult SleepHeap::restore(const std::vector<Chunk*>& chunks,
-                              const CudaStream (&streams)[kNumStreams]) {
-  size_t needed = 0;
-  copied_bytes_ = bytes_to_copy_ = 0;
-  for (const Chunk* const chunk : chunks) {
-    if (chunk->memory == 0) needed += chunk->size;
-    if (chunk->is_offloaded) bytes_to_copy_ += static_cast<int64_t>(chunk->size);
-  }
-  size_t num_free = 0, all = 0;
-  if (driver_.mem_get_info(&num_free, &all) == kCudaSuccess && num_free < needed) {
-    return fail("cuMemGetInfo", kOutOfMemory, needed);
-  }
-  CudaResult result = kCudaSuccess;
-  if (std::any_of(chunks.begin(), chunks.end(), [](Chunk* chunk) { return chunk->memory != 0; })) {
-    result = wait_for(streams);  // an earlier call's copies may still use it
-    if (result != kCudaSuccess) return fail("cuStreamSynchronize", result);
-  }
-  size_t num_mapped = 0;
-  for (size_t i = 0; i < chunks.size() && result == kCudaSuccess; ++i) {
-    Chunk& chunk = *chunks[i];
-    if (chunk.memory != 0) result = unmap(chunk);  // what an earlier call could not undo
-    if (result == kCudaSuccess) result = map(chunk);
-    if (result != kCudaSuccess) break;
-    ++num_mapped;
-    if (!chunk.is_offloaded) continue;
-    const CudaStream stream = streams[i % kNumStreams];
-    // Of the copy before the one before, so that one is always under way.
-    result = driver_.stream_synchronize(stream);
-    if (result != kCudaSuccess) {
-      fail("cuStreamSynchronize", result);
-      break;
-    }
-    result = driver_.memcpy_async(chunk.address, device_pointer(chunk.host), chunk.size, stream);
-    if (result != kCudaSuccess) fail("cuMemcpyAsync", result);
-    copied_bytes_ += static_cast<int64_t>(chunk.size);
-  }
-  const CudaResult waited = wait_for(streams);
-  if (result == kCudaSuccess && waited != kCudaSuccess) {
-    result = fail("cuStreamSynchronize", waited);
-  }
+// ---- Without.
+
+CudaResult SleepHeap::map(DevicePointer address, size_t size, CudaMemory* memory) {
+  const CudaMemProp prop = properties();
+  CudaMemory created = 0;
+  CudaResult result = driver_.mem_create(&created, size, &prop, 0);
+  if (result != kCudaSuccess) return fail("cuMemCreate", result, size);
+  result = driver_.mem_map(address, size, 0, created, 0);
   if (result != kCudaSuccess) {
-    SleepFailure failure = t_failure;
-    failure.needed_bytes = static_cast<int64_t>(needed);
-    // What a copy may still be using keeps its memory, until it is tried again.
-    const bool has_ended = waited == kCudaSuccess || wait_for(streams) == kCudaSuccess;
-    for (size_t i = 0; i < num_mapped; ++i) {
-      if (has_ended || !chunks[i]->is_offloaded) unmap(*chunks[i]);
+    driver_.mem_release(created);
+    return fail("cuMemMap", result);
+  }
+  const CudaMemAccess access = {kDevice, device_, kReadWrite};
+  result = driver_.mem_set_access(address, size, &access, 1);
+  if (result != kCudaSuccess) {
+    fail("cuMemSetAccess", result);
+    if (driver_.mem_unmap(address, size) == kCudaSuccess) {
+      driver_.mem_release(created);
+      created = 0;
     }
-    t_failure = failure;
-    update_free_bytes();
-    return result;
   }
-  for (Chunk* const chunk : chunks) {
-    chunk->is_asleep = false;
-    drop_host(*chunk);
-  }
-  return kCudaSuccess;
+  *memory = created;  // after an error to be unmapped later, if at all
+  return result;
 }
 
-CudaResult SleepHeap::wait_for(const CudaStream (&streams)[kNumStreams]) {
-  CudaResult result = kCudaSuccess;
-  for (const CudaStream stream : streams) {
-    const CudaResult waited = driver_.stream_synchronize(stream);
-    if (result == kCudaSuccess) result = waited;
-  }
-  return result;
+CudaResult SleepHeap::unmap(DevicePointer address, size_t size, CudaMemory* memory) {
+  CudaResult result = driver_.mem_unmap(address, size);
+  if (result != kCudaSuccess) return fail("cuMemUnmap", result);
+  result = driver_.mem_release(*memory);
+  *memory = 0;  // without its mapping it is of no use, whatever becomes of it
+  return result == kCudaSuccess ? result : fail("cuMemRelease", result);
 }
 
 CudaResult SleepHeap::fail(const char* call, CudaResult code, size_t needed) {

@@ -39,10 +39,18 @@ struct SleepStats {
   int64_t free_host_bytes;  // of these, not in use
 };
 
+// How far a transfer is: bytes copied so far, and all to be copied. Written while it is under way.
+struct SleepProgress {
+  int64_t done;
+  int64_t total;
+};
+
 // Blocks of one device's memory, each with a tag. A block is one range of addresses, backed by
 // chunks of physical memory, so that copies overlap with mapping and unmapping.
 //
-// Every method is thread-safe. free() never waits for another method's transfer.
+// Every method is thread-safe. Only prepare(), cancel(), sleep(), wake_up(), discard() and
+// trim_host() wait for one another; the others never wait for a transfer, nor does torch, which
+// calls alloc() and free() with its own lock held. But free() waits for the device.
 class SleepHeap {
  public:
   static constexpr int kNumStreams = 2;
@@ -58,11 +66,11 @@ class SleepHeap {
   int64_t select(int64_t tag);
 
   // At least `size` bytes; NULL on failure, with nothing left behind. Not during a capture: a
-  // graph's memory must not be given to anyone else.
+  // graph's memory must not be given to anyone else. Nor while the tag's memory is moved.
   void* alloc(size_t size, CudaStream stream);
   // Gives a block back, awake or asleep. Waits for the device if it is awake, as cudaFree does.
-  // While a graph is captured or memory is transferred it stays pending. False if `pointer` is no
-  // block.
+  // While a graph is captured, or the block is moved, it stays pending until the next call of this
+  // or settle(). False if `pointer` is no block.
   bool free(void* pointer, CudaStream stream);
   // Gives back what is pending.
   void settle();
@@ -73,17 +81,17 @@ class SleepHeap {
   // Gives back what prepare() has made ready under these tags.
   void cancel(const std::vector<int64_t>& tags);
   // Releases the physical memory under `tags`; the content of those that are also in `offloaded`
-  // goes to host memory. Waits for the device first. On failure all content is still there, and
-  // what could not be mapped again is asleep.
+  // goes to host memory. Waits for the device first. On failure the content of `offloaded` is still
+  // there, awake as far as the driver lets it. That of the others is lost at the earliest when all
+  // of `offloaded` has been saved.
   CudaResult sleep(const std::vector<int64_t>& tags, const std::vector<int64_t>& offloaded,
-                   const CudaStream (&streams)[kNumStreams]);
+                   const CudaStream (&streams)[kNumStreams], SleepProgress* progress);
   // Maps what is asleep under `tags`, at the same addresses, with the content that was offloaded.
   // On failure all that was asleep still is.
-  CudaResult wake_up(const std::vector<int64_t>& tags, const CudaStream (&streams)[kNumStreams]);
+  CudaResult wake_up(const std::vector<int64_t>& tags, const CudaStream (&streams)[kNumStreams],
+                     SleepProgress* progress);
   // Forgets the content of what is asleep under these tags.
   void discard(const std::vector<int64_t>& tags);
-  // Of the transfer under way, or the latest one: the bytes copied so far, and all. Takes no lock.
-  void progress(int64_t* done, int64_t* total) const;
   // Frees host memory that is not in use; how many bytes.
   size_t trim_host();
 
@@ -106,21 +114,38 @@ class SleepHeap {
     int64_t tag;
     std::vector<Chunk> chunks;
   };
+  // While one lives, blocks with its tags are neither freed nor made: their chunks are those of the
+  // transfer, which alone changes them, and takes the lock for that.
+  class Move;
+  using Tags = std::vector<int64_t>;
+  using Chunks = std::vector<Chunk*>;
 
-  // All of these need the lock, and the device's context.
-  CudaResult reserve(size_t size, DevicePointer* address, Block* block);
-  CudaResult map(Chunk& chunk);
-  CudaResult unmap(Chunk& chunk);
-  bool release(DevicePointer address, Block& block);
-  // What of it is no block.
-  std::vector<void*> release_pending();
-  std::vector<Chunk*> chunks_of(const std::vector<int64_t>& tags, bool asleep);
-  CudaResult prepare_locked(const std::vector<int64_t>& tags);
-  void drop_host(Chunk& chunk);
-  CudaResult offload(const std::vector<Chunk*>& chunks, const CudaStream (&streams)[kNumStreams]);
-  CudaResult restore(const std::vector<Chunk*>& chunks, const CudaStream (&streams)[kNumStreams]);
+  void* try_alloc(size_t size, int64_t tag);
+  bool has_pending();
+  // Of what is pending, what is no block.
+  std::vector<void*> give_back_pending();
+
+  // During a Move.
+  CudaResult pin(const Chunks& chunks);
+  CudaResult offload(const Chunks& chunks, const CudaStream (&streams)[kNumStreams],
+                     SleepProgress* progress);
+  CudaResult put_to_sleep(const Chunks& chunks);
+  CudaResult restore(const Chunks& chunks, const CudaStream (&streams)[kNumStreams],
+                     SleepProgress* progress);
+  CudaResult map_anew(Chunk& chunk);
+  CudaResult put_to_sleep(Chunk& chunk, bool is_offloaded);
   CudaResult wait_for(const CudaStream (&streams)[kNumStreams]);
+  void drop_host(const Chunks& chunks);
 
+  // With the lock held.
+  CudaResult reserve(size_t size, DevicePointer* address, Block* block);
+  bool release(DevicePointer address, Block& block);
+  void drop_host(Chunk& chunk);
+  bool is_moving(int64_t tag) const;
+
+  // `memory` is what the address has, before and after.
+  CudaResult map(DevicePointer address, size_t size, CudaMemory* memory);
+  CudaResult unmap(DevicePointer address, size_t size, CudaMemory* memory);
   CudaResult fail(const char* call, CudaResult code, size_t needed = 0);
   void note(const std::string& text, size_t needed);
   // To what there is once a failed call has been undone.
@@ -131,17 +156,18 @@ class SleepHeap {
   const int device_;
   const size_t chunk_bytes_;
   std::atomic<bool> shut_down_{false};
-  std::atomic<int64_t> copied_bytes_{0}, bytes_to_copy_{0};
-
-  std::mutex pending_mutex_;  // taken last
-  std::vector<void*> pending_;
-
-  std::mutex mutex_;  // guards all below
   HostMemory host_;
+
+  std::mutex move_mutex_;  // one transfer at a time; taken first
+  std::mutex mutex_;       // guards all below; never held while the device is waited for
   std::map<DevicePointer, Block> blocks_;
+  Tags moving_;
   int64_t last_tag_ = 0;
   size_t granularity_ = 0;  // 0: not asked for yet
   SleepStats counters_{};
+
+  std::mutex pending_mutex_;  // guards the next; taken last
+  std::vector<void*> pending_;
 };
 
 }  // namespace distcomm

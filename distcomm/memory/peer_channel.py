@@ -107,6 +107,7 @@ class PeerChannel:
         self._num_mailbox_bytes = num_mailbox_bytes
         self._area = 0
         self._connect(self._claimed())
+        self._worked = self.problem is None
 
     def pause(self) -> None:
         """The memory of its signals is about to go, with all windows. Local."""
@@ -117,10 +118,14 @@ class PeerChannel:
 
         Raises:
             SymmetricMismatchError: a rank didn't come in time.
+            SymmetricMemoryError: it worked at first, and doesn't now; mostly on all ranks.
         """
-        if self._area:
-            with torch.cuda.device(self._device):
-                self._connect(None)
+        if not self._area:
+            return
+        with torch.cuda.device(self._device):
+            self._connect(None)
+        if self._worked and self.problem is not None:
+            raise SymmetricMemoryError(f"{_CALL}: {self.problem} [{self._windows.member}]")
 
     def _connect(self, problem: str | None) -> None:
         """Fills all that depends on where NCCL maps the ranks' memory."""
@@ -341,13 +346,14 @@ class PeerChannel:
         try:
             raw = torch.frombuffer(bytearray(self._initial), dtype=torch.uint8)
             signals = raw.pin_memory().to(self._device, non_blocking=True)
-            mailbox = signals.new_full((self._num_mailbox_bytes,), 0xFF)
-            copies = [
-                (self._area, signals.data_ptr(), signals.numel()),
-                (self._area + signals.numel(), mailbox.data_ptr(), mailbox.numel()),
-            ]
-            copy_bounded(self._native, self._device, copies[: 1 + bool(mailbox.numel())],
-                         self._timeout_s)  # fmt: skip
+            fills = [(self._area + signals.numel(), 0xFF, self._num_mailbox_bytes)]
+            copy_bounded(
+                self._native,
+                self._device,
+                [(self._area, signals.data_ptr(), signals.numel())],
+                self._timeout_s,
+                fills if self._num_mailbox_bytes else (),
+            )
         except RuntimeError as error:  # torch's, too: the others are told
             return place, str(error)
         return place, None

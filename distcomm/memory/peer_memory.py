@@ -256,8 +256,10 @@ def copy_bounded(
     device: torch.device,
     copies: Sequence[tuple[int, int, int]],
     timeout_s: float,
+    fills: Sequence[tuple[int, int, int]] = (),
 ) -> None:
-    """Copies (to, from, bytes) on the current stream, and waits for the end.
+    """Copies (to, from, bytes) and fills (to, byte, bytes) on the current stream, and waits for the
+    end.
 
     Raises:
         SymmetricMemoryError: a copy failed, or didn't end in time.
@@ -269,6 +271,10 @@ def copy_bounded(
         code = native.functions.distcomm_copy_async(to, source, num_bytes, stream.cuda_stream)
         if code:
             raise SymmetricMemoryError(f"a copy to peer memory failed with driver error {code}")
+    for to, value, num_bytes in fills:
+        code = native.functions.distcomm_fill_async(to, value, num_bytes, stream.cuda_stream)
+        if code:
+            raise SymmetricMemoryError(f"filling memory failed with driver error {code}")
     done = stream.record_event()
     deadline = time.monotonic() + timeout_s
     while not done.query():

@@ -223,21 +223,35 @@ class SegmentHeap:
         """The process ends: from now on memory given back stays as it is."""
         self._native.distcomm_heap_shut_down(self.handle)
 
+    def why_awake(self) -> str | None:
+        """Why `fall_asleep` can't give back all segments; None if it can. Windows don't count."""
+        if self._native.distcomm_heap_can_sleep(self.handle):
+            return None
+        failure = self.take_failure()
+        return "the heap doesn't say" if failure is None else failure.text
+
     def fall_asleep(self) -> tuple[int, AllocationFailure | None]:
         """Gives the segments' memory back, but not their addresses; nothing can be allocated then.
 
-        No communicator may have windows any more. Its content is lost.
+        No communicator may have windows any more. Its content is lost. What can't be given back
+        stays as it is.
 
         Returns:
-            How many bytes were given back, and why not all.
+            How many bytes this call has given back, and why not all.
         """
         num_bytes = c_int64()
         code = self._native.distcomm_heap_fall_asleep(self.handle, ctypes.byref(num_bytes))
         return num_bytes.value, self.take_failure() if code else None
 
-    def wake_up(self) -> AllocationFailure | None:
-        """Memory for all segments again, or for none, and why."""
-        return self.take_failure() if self._native.distcomm_heap_wake_up(self.handle) else None
+    def wake_up(self) -> tuple[int, AllocationFailure | None]:
+        """Takes memory for all segments again, or all is as before.
+
+        Returns:
+            How many bytes this call has taken, and why none.
+        """
+        num_bytes = c_int64()
+        code = self._native.distcomm_heap_wake_up(self.handle, ctypes.byref(num_bytes))
+        return num_bytes.value, self.take_failure() if code else None
 
     # ---- windows ----------------------------------------------------------------------------
 

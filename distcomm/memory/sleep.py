@@ -8,11 +8,12 @@ good as before once they are awake.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -24,6 +25,7 @@ from ..errors import ArgumentError, SleepError
 from ..native import NativeLibrary
 from .sleep_gate import SleepGate
 from .sleep_heap import HostMemoryError, SleepHeap, SleepOutOfMemoryError, TagUsage
+from .sleep_tags import SleepTags
 from .sleep_transfers import Progress, SleepTransfers
 from .torch_pools import TorchPool, TorchPools
 
@@ -79,11 +81,12 @@ class SleepablePool:
 
     Not collective: each process has pools of its own, any number of them. Tensors that are made in
     a `use` live on after it, asleep or awake; while asleep they may be freed, but not read or
-    written: the GPU would report an illegal address. Methods are thread-safe, but while another
-    stream or thread captures a CUDA graph nothing may be put to sleep, woken up or freed here: the
-    driver would refuse to wait for the device, and break the capture off. A pool that is
-    closed or dropped gives its memory back as its tensors go; at the end of the process it needs
-    no `close`.
+    written: the GPU would report an illegal address. What is freed after its `use` is kept by torch
+    until the next call of this pool, or `torch.cuda.empty_cache()`. Methods
+    are thread-safe, but while another stream or thread captures a CUDA graph nothing may be put to
+    sleep, woken up or freed here: the driver would refuse to wait for the device, and break the
+    capture off. A pool that is
+    closed or dropped may have tensors that live on; at the end of the process it needs no `close`.
 
     Args:
         device: a CUDA device; by default the current one.
@@ -91,7 +94,7 @@ class SleepablePool:
         timeout: seconds that a transfer, or the work of the GPU before it, may take.
 
     Attributes:
-        device, name: as given.
+        device, name, timeout_s: as given.
         number: of this pool, counted in this process.
 
     Raises:
@@ -117,29 +120,33 @@ class SleepablePool:
         native = NativeLibrary()
         index = _index_of(place)
         # Looks for the driver first, whose absence torch reports in other words.
-        self._heap = SleepHeap(native, index or 0)
+        self._heap = SleepHeap(native, 0)
         if index is None:
             place = torch.device("cuda", torch.cuda.current_device())
-            self._heap = SleepHeap(native, place.index)
+        elif index >= _num_devices():
+            raise ArgumentError(
+                "device", f"one of {_num_devices()} CUDA devices", place, call="SleepablePool"
+            )
+        self._heap = SleepHeap(native, place.index)
         self.device = place
         self.name = name
         self.number = next(_numbers)
+        self.timeout_s = float(timeout)
         self._gate = SleepGate(repr(name))
-        self._transfers = SleepTransfers(self._heap, self._gate, place, float(timeout))
+        self._tags = SleepTags(self._heap, repr(name))
         self._torch_pools = TorchPools(native, place, "distcomm_sleep_torch")
-        self._naming = threading.Lock()
-        self._tags: dict[str, int] = {}
-        self._asleep: set[str] = set()
+        self._transfers = SleepTransfers(
+            self._heap, self._gate, self._torch_pools, place, self.timeout_s, self._tags.look_again
+        )
         self._uses = _Uses()
         self._num_sleeps = self._num_wake_ups = 0
-        # At the end of the process torch may give memory back when there is no driver any more.
-        atexit.register(self._heap.shut_down)
-        self._finalizer = weakref.finalize(self, _forget, self._heap, self._tags)
+        _shut_down_at_exit(place.index)
+        self._finalizer = weakref.finalize(self, _forget, self._heap, self._tags.numbers)
         self._finalizer.atexit = False  # all ends with the process, without waiting for the GPU
         _pools.add(self)
 
     def __repr__(self) -> str:
-        return f"SleepablePool({self.name!r}, device={self.device}, tags={list(self._tags)})"
+        return f"SleepablePool({self.name!r}, device={self.device}, tags={self._tags.names})"
 
     @property
     def closed(self) -> bool:
@@ -169,18 +176,19 @@ class SleepablePool:
             failure = self._heap.take_failure()
             if failure is None:  # it was other memory
                 raise
-            raise SleepOutOfMemoryError(self._what(f"use({tag!r})"), failure) from error
+            hint = "; torch.cuda.empty_cache() before the block gives back what torch has cached"
+            raise SleepOutOfMemoryError(self._what(f"use({tag!r})"), failure, hint) from error
         finally:
             self._leave()
 
     @property
     def asleep_tags(self) -> tuple[str, ...]:
         """The tags that are asleep, in the order of their first use."""
-        return tuple(tag for tag in self._tags if tag in self._asleep)
+        return self._tags.asleep
 
     def usage(self) -> dict[str, TagUsage]:
         """Bytes by tag: mapped, asleep, and of these offloaded."""
-        return {tag: self._heap.usage(number) for tag, number in self._tags.items()}
+        return self._tags.usage()
 
     def stats(self) -> dict[str, int]:
         """Counters: ``sleeps`` and ``wake_ups`` of this pool that had something to do, and of all
@@ -216,33 +224,24 @@ class SleepablePool:
 
         Raises:
             ArgumentError: a tag was never used here.
-            SleepError: a thread is in `use`, a graph is captured, the pool is closed, or the
-                driver refused. All content is there then, some of it perhaps asleep: `wake_up`
-                brings it back.
+            SleepError: a thread is in `use`, a graph is captured, the pool is closed, the GPU was
+                at work for too long, or the driver refused. Then all that was to be offloaded is
+                there, some of it perhaps asleep: `wake_up` brings it back.
             HostMemoryError: host memory for the offloaded tags can't be had; nothing has changed.
         """
-        chosen, offloaded = self._chosen("sleep", offload_tags, tags)
-        with self._gate.transfer("sleep"):
-            if not self._gate.is_prepared:
-                self._torch_pools.empty_unused()
-                self._reserve_host_memory("sleep", offloaded)
-            mapped, kept = self._num_bytes("mapped_bytes"), self._num_bytes("offloaded_bytes")
-            failure = self._transfers.sleep(
-                self._numbers(chosen), self._numbers(offloaded), progress
-            )
-            usage = self.usage()
-            slept = chosen if failure is None else [t for t in chosen if usage[t].asleep_bytes]
-            self._asleep.update(slept)
-            self._num_sleeps += bool(slept)
-            self._gate.is_prepared = False
-            if failure is not None:
-                raise SleepError(
-                    f"{self._what('sleep')}: {failure.text}; no content is lost, asleep are "
-                    f"{list(self.asleep_tags)}"
-                )
-            freed = mapped - self._num_bytes("mapped_bytes")
-            report = Slept(freed, self._num_bytes("offloaded_bytes") - kept)
-        logger.info("%s: %d bytes freed, %d of them offloaded", self, freed, report.offloaded_bytes)
+        self._transfers.recover()
+        chosen, offloaded = self._tags.to_sleep("sleep", offload_tags, tags)
+        try:
+            with self._gate.transfer("sleep"):
+                report = self._sleep(chosen, offloaded, progress)
+        finally:
+            self.cancel_sleep()  # what was prepared and is of no use now
+        logger.info(
+            "%s: %d bytes freed, %d of them offloaded",
+            self,
+            report.freed_bytes,
+            report.offloaded_bytes,
+        )
         self._transfers.raise_of_progress()
         return report
 
@@ -254,16 +253,19 @@ class SleepablePool:
         For processes that sleep together or not at all. The pool can't be used until it has slept,
         or `cancel_sleep` was called. Raises as `sleep`.
         """
-        offloaded = self._chosen("prepare_sleep", offload_tags, tags)[1]
+        self._transfers.recover()
+        offloaded = self._tags.to_sleep("prepare_sleep", offload_tags, tags)[1]
         with self._gate.transfer("prepare_sleep"):
-            self._torch_pools.empty_unused()
+            self._transfers.clean("prepare_sleep")
             self._reserve_host_memory("prepare_sleep", offloaded)
             self._gate.is_prepared = True
 
     def cancel_sleep(self) -> None:
         """Undoes `prepare_sleep`. Idempotent."""
-        self._gate.is_prepared = False
-        self._heap.cancel(list(self._tags.values()))
+        if self._gate.is_prepared:
+            self._gate.is_prepared = False
+            if self._gate.problem is None:
+                self._transfers.cancel(self._tags.numbers())
 
     def wake_up(
         self, tags: Sequence[str] | None = None, *, progress: Progress | None = None
@@ -285,19 +287,24 @@ class SleepablePool:
                 can be repeated.
             SleepError: the pool is closed, or the driver refused; all stays asleep.
         """
-        chosen = [tag for tag in self._known("wake_up", "tags", tags) if tag in self._asleep]
+        self._transfers.recover()
+        chosen = [
+            tag for tag in self._tags.known("wake_up", "tags", tags) if tag in self._tags.asleep
+        ]
         with self._gate.transfer("wake_up"):
-            self._torch_pools.empty_unused()  # what was freed meanwhile needs no memory
-            before = self._num_bytes("asleep_bytes")
-            failure = self._transfers.wake_up(self._numbers(chosen), progress)
+            if not chosen:
+                return 0
+            self._transfers.clean("wake_up")  # what was freed meanwhile needs no memory
+            before = self._tags.total().asleep_bytes
+            failure = self._transfers.wake_up(self._tags.numbers(chosen), progress)
             if failure is not None:
                 what = self._what("wake_up")
                 if failure.free_bytes >= 0:
                     raise SleepOutOfMemoryError(what, failure)
                 raise SleepError(f"{what}: {failure.text}; what was asleep still is")
-            self._asleep.difference_update(chosen)
-            taken = before - self._num_bytes("asleep_bytes")
-            self._num_wake_ups += bool(chosen)
+            self._tags.wake_up(chosen)
+            self._num_wake_ups += 1
+            taken = before - self._tags.total().asleep_bytes
         self._transfers.raise_of_progress()
         return taken
 
@@ -310,17 +317,15 @@ class SleepablePool:
         return self._heap.trim_host()
 
     def close(self) -> None:
-        """Gives back all memory that no tensor uses, and host memory; the rest follows when its
-        tensors go. The content of what is asleep is lost. Idempotent.
+        """Gives back all memory that no tensor uses, and host memory. Tensors live on; when they
+        go, `torch.cuda.empty_cache()` gives their memory back. The content of what is asleep is
+        lost. Idempotent.
 
         Raises:
-            SleepError: a thread is in `use`.
+            SleepError: a thread is in `use`, or a graph is captured.
         """
-        if not self._gate.close():
-            return
-        self._finalizer()
-        self._torch_pools.empty_unused()
-        self._heap.settle()
+        if self._gate.close() and self._finalizer.detach():
+            self._transfers.forget(self._tags.numbers())
 
     def __enter__(self) -> SleepablePool:
         return self
@@ -333,15 +338,13 @@ class SleepablePool:
     def _enter(self, tag: str) -> None:
         if not isinstance(tag, str) or not tag:
             raise ArgumentError("tag", "a text that isn't empty", repr(tag), call="use")
+        self._transfers.recover()
         self._gate.begin_use()
         try:
-            if tag in self._asleep:
+            if tag in self._tags.asleep:
                 raise SleepError(f"{self._what('use')}: tag {tag!r} is asleep: wake_up() first")
-            with self._naming:
-                if tag not in self._tags:
-                    self._tags[tag] = self._heap.new_tag()
             pool = self._torch_pools.make()
-            former = self._heap.select(self._tags[tag])
+            former = self._heap.select(self._tags.number(tag))
             try:
                 self._torch_pools.begin(pool)
             except BaseException:
@@ -363,44 +366,36 @@ class SleepablePool:
             finally:
                 self._gate.end_use()
 
+    def _sleep(
+        self, chosen: Sequence[str], offloaded: Sequence[str], progress: Progress | None
+    ) -> Slept:
+        if not chosen:
+            return Slept(0, 0)
+        self._transfers.clean("sleep")
+        if not self._gate.is_prepared:
+            self._reserve_host_memory("sleep", offloaded)
+        before = self._tags.total()
+        numbers = self._tags.numbers(chosen), self._tags.numbers(offloaded)
+        failure = self._transfers.sleep(*numbers, progress)
+        usage = self._tags.usage()
+        slept = chosen if failure is None else [tag for tag in chosen if usage[tag].asleep_bytes]
+        self._tags.put_to_sleep(slept)
+        self._num_sleeps += bool(slept)
+        if failure is not None:
+            raise SleepError(
+                f"{self._what('sleep')}: {failure.text}; the content of {list(offloaded)} is not "
+                f"lost, asleep are {list(self.asleep_tags)}"
+            )
+        after = self._tags.total()
+        return Slept(
+            before.mapped_bytes - after.mapped_bytes,
+            after.offloaded_bytes - before.offloaded_bytes,
+        )
+
     def _reserve_host_memory(self, call: str, offloaded: Sequence[str]) -> None:
-        failure = self._transfers.prepare(self._numbers(offloaded))
+        failure = self._transfers.prepare(self._tags.numbers(offloaded))
         if failure is not None:
             raise HostMemoryError(self._what(call), failure)
-
-    def _chosen(
-        self, call: str, offload_tags: Sequence[str], tags: Sequence[str] | None
-    ) -> tuple[list[str], list[str]]:
-        """Of all that is to sleep, what does not do so yet; and what of that is offloaded."""
-        offloaded = self._known(call, "offload_tags", offload_tags)
-        chosen = self._known(call, "tags", tags)
-        others = [tag for tag in offloaded if tag not in chosen]
-        if others:
-            raise ArgumentError(
-                "offload_tags", f"among tags, {chosen}", f"{others} [{self}]", call=call
-            )
-        awake = [tag for tag in chosen if tag not in self._asleep or self._is_partly_awake(tag)]
-        return awake, [tag for tag in offloaded if tag in awake]
-
-    def _is_partly_awake(self, tag: str) -> bool:
-        """As after a `sleep` that has failed."""
-        return self._heap.usage(self._tags[tag]).mapped_bytes > 0
-
-    def _known(self, call: str, argument: str, tags: Sequence[str] | None) -> list[str]:
-        known = list(self._tags)
-        if tags is None:
-            return known
-        if isinstance(tags, str) or any(tag not in known for tag in tags):
-            raise ArgumentError(
-                argument, f"tags that were used here, of {known}", f"{tags!r} [{self}]", call=call
-            )
-        return [tag for tag in known if tag in tags]
-
-    def _numbers(self, tags: Sequence[str]) -> list[int]:
-        return [self._tags[tag] for tag in tags]
-
-    def _num_bytes(self, kind: str) -> int:
-        return sum(getattr(usage, kind) for usage in self.usage().values())
 
     def _what(self, call: str) -> str:
         return f"{call} of {self.name!r}"
@@ -410,11 +405,28 @@ def _is_time(value: object) -> bool:
     return isinstance(value, int | float) and 0 < value < math.inf
 
 
+def _num_devices() -> int:
+    return torch.cuda.device_count()
+
+
 def _index_of(device: torch.device) -> int | None:
     return device.index
 
 
-def _forget(heap: SleepHeap, tags: dict[str, int]) -> None:
-    """What a pool leaves behind: tensors, which nobody can wake up any more."""
-    heap.discard(list(tags.values()))
-    heap.trim_host()
+@functools.cache
+def _shut_down_at_exit(device_index: int) -> None:
+    """At the end of the process torch may give memory back when there is no driver any more."""
+    atexit.register(SleepHeap(NativeLibrary(), device_index).shut_down)
+
+
+def _forget(heap: SleepHeap, numbers: Callable[[], list[int]]) -> None:
+    """What a dropped pool leaves behind: content that nobody can wake up any more.
+
+    In a thread, because it waits for transfers of other pools, and who collects garbage shouldn't.
+    """
+
+    def forget() -> None:
+        heap.discard(numbers())
+        heap.trim_host()
+
+    threading.Thread(target=forget, name="distcomm: forgetting a pool", daemon=True).start()

@@ -73,6 +73,7 @@ class SleepGate:
 
     def close(self) -> bool:
         """Refuses all from now on; False if that is so already."""
+        self._refuse_in_capture("close")
         with self._lock:
             if self.is_closed:
                 return False

@@ -13,7 +13,14 @@ import torch
 from ..errors import SleepError
 from ..native import NativeLibrary
 
-__all__ = ["HostMemoryError", "SleepFailure", "SleepHeap", "SleepOutOfMemoryError", "TagUsage"]
+__all__ = [
+    "HostMemoryError",
+    "SleepFailure",
+    "SleepHeap",
+    "SleepOutOfMemoryError",
+    "TagUsage",
+    "TransferProgress",
+]
 
 
 class TagUsage(NamedTuple):
@@ -56,14 +63,14 @@ class SleepOutOfMemoryError(SleepError, torch.OutOfMemoryError):
         missing_bytes: the difference.
     """
 
-    def __init__(self, what: str, failure: SleepFailure) -> None:
+    def __init__(self, what: str, failure: SleepFailure, hint: str = "") -> None:
         self.needed_bytes = failure.needed_bytes
         self.free_bytes = failure.free_bytes
         self.missing_bytes = max(0, failure.needed_bytes - max(0, failure.free_bytes))
         amount = f"{failure.needed_bytes} bytes of GPU memory are needed"
         if failure.free_bytes >= 0:
             amount += f", {failure.free_bytes} are free, {self.missing_bytes} are missing"
-        super().__init__(f"{what}: {amount}: {failure.text}")
+        super().__init__(f"{what}: {amount}: {failure.text}{hint}")
 
 
 class HostMemoryError(SleepError, MemoryError):
@@ -79,6 +86,12 @@ class HostMemoryError(SleepError, MemoryError):
             f"{what}: {failure.needed_bytes} bytes of pinned host memory can't be had: "
             f"{failure.text}; the pool stays awake"
         )
+
+
+class TransferProgress(ctypes.Structure):
+    """How far a transfer is: bytes copied so far, and all to be copied. Changes meanwhile."""
+
+    _fields_ = [("done", c_int64), ("total", c_int64)]
 
 
 class _Failure(ctypes.Structure):
@@ -111,7 +124,9 @@ class _Stats(ctypes.Structure):
 class SleepHeap:
     """The memory of one device that can sleep. Thread-safe; no call is collective.
 
-    Results are those of the C++ methods. Where one says that it failed, `take_failure` says why.
+    `prepare`, `cancel`, `sleep`, `wake_up`, `discard` and `trim_host` wait for one another, however
+    long one takes. Results are those of the C++ methods; where one says that it failed,
+    `take_failure` says why.
 
     Args:
         native: the C++ library.
@@ -146,6 +161,8 @@ class SleepHeap:
             else functions.distcomm_sleep_heap_open
         )
         self.handle = make(device_index, chunk_bytes)
+        if not self.handle:
+            raise SleepError(f"sleepable memory: there can't be a device {device_index}")
         self._owned = not shared
 
     def __del__(self) -> None:
@@ -171,7 +188,7 @@ class SleepHeap:
         return bool(self._functions.distcomm_sleep_heap_free(self.handle, address, stream))
 
     def settle(self) -> None:
-        """Gives back what was freed while a graph was captured."""
+        """Gives back what was freed while a graph was captured, or memory moved."""
         self._functions.distcomm_sleep_heap_settle(self.handle)
 
     def take_failure(self) -> SleepFailure | None:
@@ -193,34 +210,40 @@ class SleepHeap:
         self._functions.distcomm_sleep_heap_cancel(self.handle, *_array(tags))
 
     def sleep(
-        self, tags: Sequence[int], offloaded: Sequence[int], streams: tuple[int, int]
+        self,
+        tags: Sequence[int],
+        offloaded: Sequence[int],
+        streams: tuple[int, int],
+        progress: TransferProgress | None = None,
     ) -> SleepFailure | None:
         """Releases the memory under `tags`, of which `offloaded` keep their content; or why not.
 
-        Waits for the device first. On failure all content is there, some of it perhaps asleep.
+        Waits for the device first. On failure what is offloaded is there, some of it perhaps
+        asleep.
         """
+        progress = progress or TransferProgress()
         first = [*offloaded, *(tag for tag in tags if tag not in offloaded)]
         code = self._functions.distcomm_sleep_heap_sleep(
-            self.handle, *_array(first), len(offloaded), *streams
+            self.handle, *_array(first), len(offloaded), *streams, ctypes.byref(progress)
         )
         return self._failure(code)
 
-    def wake_up(self, tags: Sequence[int], streams: tuple[int, int]) -> SleepFailure | None:
+    def wake_up(
+        self,
+        tags: Sequence[int],
+        streams: tuple[int, int],
+        progress: TransferProgress | None = None,
+    ) -> SleepFailure | None:
         """Maps what is asleep under `tags`, at the same addresses; or why nothing is."""
-        code = self._functions.distcomm_sleep_heap_wake_up(self.handle, *_array(tags), *streams)
+        progress = progress or TransferProgress()
+        code = self._functions.distcomm_sleep_heap_wake_up(
+            self.handle, *_array(tags), *streams, ctypes.byref(progress)
+        )
         return self._failure(code)
 
     def discard(self, tags: Sequence[int]) -> None:
         """Forgets the content of what is asleep under these tags."""
         self._functions.distcomm_sleep_heap_discard(self.handle, *_array(tags))
-
-    def progress(self) -> tuple[int, int]:
-        """Bytes copied by the transfer under way, or the latest one, and all to be copied."""
-        done, total = c_int64(), c_int64()
-        self._functions.distcomm_sleep_heap_progress(
-            self.handle, ctypes.byref(done), ctypes.byref(total)
-        )
-        return done.value, total.value
 
     def trim_host(self) -> int:
         """Frees host memory that is not in use; how many bytes."""

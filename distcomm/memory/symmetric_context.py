@@ -8,10 +8,10 @@ from typing import NoReturn, Protocol
 
 import torch
 
-from ..errors import SymmetricMismatchError
+from ..errors import SymmetricMemoryError, SymmetricMismatchError
 from .segment_heap import AllocationFailure
 from .symmetric_pool import SymmetricPool
-from .windows import GroupWindows
+from .windows import ASLEEP, GroupWindows
 
 __all__ = ["InactiveContext", "MemoryContext", "SuspendedContext", "SymmetricMemoryContext"]
 
@@ -42,6 +42,7 @@ class SymmetricMemoryContext:
         counters: ``contexts`` is counted here.
 
     Raises:
+        SymmetricMemoryError: on entering, the memory is asleep.
         SymmetricMismatchError: on leaving; see `GroupWindows.register_new`.
         SymmetricOutOfMemoryError: an allocation inside failed, and all ranks know of it or none
             needs to.
@@ -56,6 +57,8 @@ class SymmetricMemoryContext:
         self._counters = counters
 
     def __enter__(self) -> None:
+        if self._pool.asleep:  # since this context was made
+            raise SymmetricMemoryError(f"symmetric_memory: {ASLEEP} [{self._windows.member}]")
         self._pool.routing.enter()
         self._counters["contexts"] += 1
 

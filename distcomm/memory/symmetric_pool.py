@@ -239,7 +239,7 @@ class SymmetricPool:
     @property
     def why_awake(self) -> str | None:
         """Why the memory can't sleep now; None if it can. Local."""
-        return self.routing.why_in_use
+        return self.routing.why_in_use or self.heap.why_awake()
 
     def fall_asleep(self) -> tuple[int, str | None]:
         """Gives the segments' memory back; nothing may use it, and no group has windows. Local.
@@ -252,13 +252,18 @@ class SymmetricPool:
         self.asleep = True
         return num_bytes, None if failure is None else f"{failure.text} ({self.device})"
 
-    def wake_up(self) -> str | None:
-        """Memory for all segments again, its content undefined; or why there is none. Local."""
-        failure = self.heap.wake_up()
+    def wake_up(self) -> tuple[int, str | None]:
+        """Takes memory for all segments again, its content undefined. Local.
+
+        Returns:
+            How many bytes, and why none.
+        """
+        num_bytes, failure = self.heap.wake_up()
         if failure is not None:
-            return f"{failure.num_bytes} bytes of symmetric memory: {failure.text} ({self.device})"
+            missing = f"{failure.num_bytes} bytes of symmetric memory"
+            return 0, f"{missing}: {failure.text} ({self.device})"
         self.asleep = False
-        return None
+        return num_bytes, None
 
     def add_group(self, windows: GroupWindows) -> None:
         """`reserve` and `freeze` register with this communicator too, after those added before."""

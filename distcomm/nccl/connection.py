@@ -352,6 +352,14 @@ class NcclConnection:
         comm = ctypes.c_void_p(self._comm)
         return self._all_reduce, comm, self._raw_stream, self._device_index
 
+    @property
+    def why_unusable(self) -> str | None:
+        """Why calls would raise; None if they wouldn't."""
+        if self._usable:
+            return None
+        closed_or_disabled = "the communicator is " + ("closed" if self._closed else "disabled")
+        return closed_or_disabled if not self.enabled else self._not_now
+
     def _refuse_unless_usable(self, call: str) -> None:
         if self._closed:
             raise GroupClosedError(f"{call}: the communicator is closed [{self.member}]")

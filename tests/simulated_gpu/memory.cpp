@@ -227,3 +227,9 @@ SIMULATED_API int cuMemFreeHost(void* pointer) { return cudaFreeHost(pointer); }
 SIMULATED_API int cuStreamSynchronize(void* stream) {
   return cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
 }
+
+SIMULATED_API int cuMemsetD8Async(unsigned long long pointer, unsigned char value,
+                                  size_t num_bytes, void* stream) {
+  return cudaMemsetAsync(reinterpret_cast<void*>(pointer), value, num_bytes,
+                         static_cast<cudaStream_t>(stream));
+}

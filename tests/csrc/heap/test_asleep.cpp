@@ -20,6 +20,12 @@ struct Sleeper : Rig {
     CHECK_EQ(bytes, expected_bytes);
     return result;
   }
+  NcclResult wake_up() {
+    int64_t bytes = -1;
+    const NcclResult result = heap.wake_up(&bytes);
+    CHECK(result == kNcclSuccess || bytes == 0);
+    return result;
+  }
   void sleep() {
     CHECK_EQ(heap.release_comm(comm, true), kNcclSuccess);
     CHECK_EQ(fall_asleep(3 * kChunk), kNcclSuccess);
@@ -48,9 +54,9 @@ void memory_goes_and_addresses_stay() {
   CHECK_EQ(rig.fake.num_windows(), 0u);
   CHECK_EQ(rig.heap.stats().segments, 2);
   CHECK_EQ(rig.ordinal(rig.large), ordinal);
-  CHECK_EQ(rig.fall_asleep(3 * kChunk), kNcclSuccess);  // once more does nothing
-  CHECK_EQ(rig.heap.wake_up(), kNcclSuccess);
-  CHECK_EQ(rig.heap.wake_up(), kNcclSuccess);
+  CHECK_EQ(rig.fall_asleep(0), kNcclSuccess);  // once more does nothing
+  CHECK_EQ(rig.wake_up(), kNcclSuccess);
+  CHECK_EQ(rig.wake_up(), kNcclSuccess);
   CHECK_EQ(rig.fake.num_memory(), 2u);
   CHECK_EQ(rig.fake.num_mappings(), 2u);
   CHECK_EQ(rig.ordinal(rig.large), ordinal);
@@ -67,7 +73,7 @@ void nothing_is_allocated_meanwhile() {
   CHECK(rig.heap.reserve(kChunk) != kNcclSuccess);
   CHECK(rig.heap.borrow(kPage) == nullptr);
   const int64_t used = rig.heap.stats().bytes_used;
-  CHECK_EQ(rig.heap.wake_up(), kNcclSuccess);
+  CHECK_EQ(rig.wake_up(), kNcclSuccess);
   CHECK_EQ(rig.heap.stats().bytes_used, used);
   char* const pointer = rig.alloc(kPage);
   CHECK_EQ(pointer, rig.inside + kPage);
@@ -80,7 +86,7 @@ void what_is_freed_asleep_needs_no_memory() {
   rig.sleep();
   CHECK(rig.free(rig.large));  // a segment of its own
   CHECK_EQ(rig.heap.stats().segments, 1);
-  CHECK_EQ(rig.heap.wake_up(), kNcclSuccess);
+  CHECK_EQ(rig.wake_up(), kNcclSuccess);
   CHECK_EQ(rig.fake.num_memory(), 1u);
   CHECK(rig.free(rig.inside));
   rig.heap.retire_all();
@@ -100,25 +106,54 @@ void after_the_end_there_may_be_new_segments() {
 
 void windows_and_registrations_keep_it_awake() {
   Sleeper rig;
+  CHECK(rig.heap.can_sleep());  // once its windows have ended
   CHECK(rig.fall_asleep(0) != kNcclSuccess);
-  CHECK(std::strstr(rig.heap.take_failure().text, "still has windows") != nullptr);
+  CHECK(std::strstr(rig.heap.take_failure().text, "segment 0 still has windows") != nullptr);
+  CHECK_EQ(rig.wake_up(), kNcclSuccess);
   CHECK_EQ(rig.heap.release_comm(rig.comm, true), kNcclSuccess);
   rig.heap.pin_new(rig.comm);
+  CHECK(!rig.heap.can_sleep());
   CHECK(rig.fall_asleep(0) != kNcclSuccess);
   CHECK(std::strstr(rig.heap.take_failure().text, "is being registered") != nullptr);
   rig.heap.unpin(rig.comm);
-  char* const more = rig.alloc(kPage);  // it is as awake as ever
+  CHECK(rig.alloc(kPage) == nullptr);
+  CHECK_EQ(rig.wake_up(), kNcclSuccess);
+  char* const more = rig.alloc(kPage);
   CHECK(more != nullptr && rig.free(more));
   rig.check_works();
 }
 
-void without_an_address_of_its_own_it_stays_awake() {
-  Rig rig;  // whose driver maps nothing
-  char* const pointer = rig.alloc(kPage);
-  int64_t bytes = -1;
-  CHECK(rig.heap.fall_asleep(&bytes) != kNcclSuccess);
+void one_segment_without_an_address_of_its_own_keeps_its_memory() {
+  Sleeper rig;
+  rig.fake.fail_at(fake::kMap);
+  char* const unmapped = rig.alloc(4 * kChunk);
+  rig.fake.fail_at(fake::kNoStep);
+  CHECK(!rig.heap.can_sleep());
   CHECK(std::strstr(rig.heap.take_failure().text, "NCCL's own address") != nullptr);
-  CHECK(rig.free(pointer));
+  CHECK_EQ(rig.heap.release_comm(rig.comm, true), kNcclSuccess);
+  CHECK(rig.fall_asleep(3 * kChunk) != kNcclSuccess);
+  CHECK_EQ(rig.fake.num_memory(), 1u);
+  rig.fake.fail_nth(fake::kAlloc, 2, 1);
+  CHECK_EQ(rig.wake_up(), 1);  // only what this call took goes back
+  CHECK_EQ(rig.fake.num_memory(), 1u);
+  CHECK_EQ(rig.wake_up(), kNcclSuccess);
+  CHECK_EQ(rig.fake.num_memory(), 3u);
+  CHECK(rig.free(unmapped));
+  rig.check_works();
+}
+
+void what_outlives_its_pool_is_left_alone() {
+  Sleeper rig;
+  rig.sleep();
+  rig.heap.retire_all();  // with tensors asleep
+  char* const awake = rig.alloc(kChunk);
+  rig.heap.retire_all();  // and one awake
+  char* const next = rig.alloc(kChunk);
+  CHECK_EQ(rig.fall_asleep(kChunk), kNcclSuccess);
+  CHECK_EQ(rig.fake.num_memory(), 1u);
+  CHECK_EQ(rig.wake_up(), kNcclSuccess);
+  CHECK_EQ(rig.fake.num_memory(), 2u);
+  for (char* const pointer : {rig.inside, rig.large, awake, next}) CHECK(rig.free(pointer));
   rig.check_all_gone();
 }
 
@@ -132,8 +167,8 @@ void what_does_not_go_is_tried_again() {
     CHECK(std::strstr(rig.heap.take_failure().text, "ncclMemFree") != nullptr);
     CHECK(rig.alloc(kPage) == nullptr);  // whatever has memory still
     rig.fake.fail_at(fake::kNoStep);
-    CHECK_EQ(rig.fall_asleep(3 * kChunk), kNcclSuccess);
-    CHECK_EQ(rig.heap.wake_up(), kNcclSuccess);
+    CHECK_EQ(rig.fall_asleep(by_nccl ? kChunk : 3 * kChunk), kNcclSuccess);
+    CHECK_EQ(rig.wake_up(), kNcclSuccess);
     rig.check_works();
   }
 }
@@ -142,7 +177,7 @@ void all_wakes_up_or_nothing() {
   Sleeper rig;
   rig.sleep();
   rig.fake.fail_nth(fake::kAlloc, 2, 1);
-  CHECK_EQ(rig.heap.wake_up(), 1);
+  CHECK_EQ(rig.wake_up(), 1);
   const AllocationFailure failure = rig.heap.take_failure();
   CHECK(std::strstr(failure.text, "ncclMemAlloc returned 1") != nullptr);
   CHECK_EQ(failure.bytes, 2 * kChunk);
@@ -150,13 +185,13 @@ void all_wakes_up_or_nothing() {
   CHECK_EQ(rig.fake.num_mappings(), 0u);
   for (const auto step : {fake::kRange, fake::kHandle, fake::kMap, fake::kAccess}) {
     rig.fake.fail_at(step);
-    CHECK(rig.heap.wake_up() != kNcclSuccess);
+    CHECK(rig.wake_up() != kNcclSuccess);
     CHECK_EQ(rig.fake.num_memory(), 0u);
     CHECK_EQ(rig.fake.num_mappings(), 0u);
     CHECK_EQ(rig.fake.num_handles(), 0u);
   }
   rig.fake.fail_at(fake::kNoStep);
-  CHECK_EQ(rig.heap.wake_up(), kNcclSuccess);
+  CHECK_EQ(rig.wake_up(), kNcclSuccess);
   rig.check_works();
 }
 
@@ -169,7 +204,8 @@ std::vector<Test> asleep_tests() {
       TEST(what_is_freed_asleep_needs_no_memory),
       TEST(after_the_end_there_may_be_new_segments),
       TEST(windows_and_registrations_keep_it_awake),
-      TEST(without_an_address_of_its_own_it_stays_awake),
+      TEST(one_segment_without_an_address_of_its_own_keeps_its_memory),
+      TEST(what_outlives_its_pool_is_left_alone),
       TEST(what_does_not_go_is_tried_again),
       TEST(all_wakes_up_or_nothing),
   };

@@ -167,13 +167,9 @@ void progress_counts_what_is_copied() {
   const int64_t a = rig.heap->new_tag(), b = rig.heap->new_tag();
   rig.make(a, 3 * kChunk);
   rig.make(b, 2 * kChunk);
-  int64_t done = -1, total = -1;
-  rig.heap->progress(&done, &total);
-  CHECK_EQ(done + total, 0);
   const auto check_all = [&](size_t bytes) {
-    rig.heap->progress(&done, &total);
-    CHECK_EQ(done, bytes);
-    CHECK_EQ(total, bytes);
+    CHECK_EQ(rig.progress_now().done, bytes);
+    CHECK_EQ(rig.progress_now().total, bytes);
   };
   CHECK_EQ(rig.sleep({a, b}, {a}), kCudaSuccess);
   check_all(3 * kChunk);
