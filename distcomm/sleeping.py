@@ -47,13 +47,12 @@ def sleep(
     *,
     tags: Sequence[str] | None = None,
     symmetric: bool = False,
+    communicators: bool = True,
 ) -> SleepReport:
     """Puts all sleepable pools of the process to sleep, and what else can. Collective among all
     ranks of the job, if there is one: all fall asleep, or none.
 
-    Waits for the device. Communicators give back NCCL's own buffers where NCCL can do that (2.29.7
-    and newer) and they have no windows; they raise `SleepError` until they are woken up. All
-    others go on working. What is asleep already stays as it is.
+    Waits for the device. What is asleep already stays as it is.
 
     Args:
         offload_tags: as for `SleepablePool.sleep`; each pool takes those that it knows.
@@ -63,6 +62,9 @@ def sleep(
             symmetric tensors or with collectives that write to their peers' memory. Until then
             collectives take the ordinary path through NCCL; tensors in symmetric memory mustn't be
             used.
+        communicators: also gives NCCL's own buffers back, of communicators without windows, where
+            NCCL can do that (2.29.7 and newer). These raise `SleepError` until they are woken up;
+            all others go on working.
 
     Raises:
         ArgumentError: no pool knows a tag. In a job of several ranks a `SleepError` says so.
@@ -78,6 +80,7 @@ def sleep(
         "offload_tags": list(offload_tags),
         "tags": None if tags is None else list(tags),
         "symmetric": symmetric,
+        "communicators": communicators,
     }
     report = SleepReport()
     errors: list[Exception] = []
@@ -91,7 +94,10 @@ def sleep(
         for pool in pools:
             pool.cancel_sleep()
     if state is not None:
-        _SharedParts(state, steps, errors).fall_asleep(symmetric, report)
+        parts = _SharedParts(state, steps, errors)
+        parts.fall_asleep(symmetric, report)
+        if communicators:
+            parts.suspend(report)
     steps.conclude(errors)
     return report
 
@@ -161,6 +167,9 @@ class _SharedParts:
             report.awake["symmetric memory"] = (
                 "communicators hold windows of it; sleep(symmetric=True) ends them"
             )
+
+    def suspend(self, report: SleepReport) -> None:
+        """NCCL's own buffers, after `fall_asleep`."""
         whys = {each.ranks: each.why_not_suspended for each in self._state.communicators}
         told = self._steps.exchange("suspension", _as_json(whys))
         stays = {tuple(ranks): why for each in told for ranks, why in each if why is not None}

@@ -231,11 +231,14 @@ class SleepablePool:
         """
         self._transfers.recover()
         chosen, offloaded = self._tags.to_sleep("sleep", offload_tags, tags)
-        try:
-            with self._gate.transfer("sleep"):
+        with self._gate.transfer("sleep"):
+            has_slept = False
+            try:
                 report = self._sleep(chosen, offloaded, progress)
-        finally:
-            self.cancel_sleep()  # what was prepared and is of no use now
+                has_slept = True
+            finally:
+                if self._gate.is_prepared or not has_slept:
+                    self._give_back_prepared()
         logger.info(
             "%s: %d bytes freed, %d of them offloaded",
             self,
@@ -263,9 +266,7 @@ class SleepablePool:
     def cancel_sleep(self) -> None:
         """Undoes `prepare_sleep`. Idempotent."""
         if self._gate.is_prepared:
-            self._gate.is_prepared = False
-            if self._gate.problem is None:
-                self._transfers.cancel(self._tags.numbers())
+            self._give_back_prepared()
 
     def wake_up(
         self, tags: Sequence[str] | None = None, *, progress: Progress | None = None
@@ -313,8 +314,11 @@ class SleepablePool:
 
         Returns:
             How many bytes.
+
+        Raises:
+            SleepError: a transfer of a pool of the device is under way for too long.
         """
-        return self._heap.trim_host()
+        return self._transfers.trim_host()
 
     def close(self) -> None:
         """Gives back all memory that no tensor uses, and host memory. Tensors live on; when they
@@ -372,8 +376,7 @@ class SleepablePool:
         if not chosen:
             return Slept(0, 0)
         self._transfers.clean("sleep")
-        if not self._gate.is_prepared:
-            self._reserve_host_memory("sleep", offloaded)
+        self._reserve_host_memory("sleep", offloaded)
         before = self._tags.total()
         numbers = self._tags.numbers(chosen), self._tags.numbers(offloaded)
         failure = self._transfers.sleep(*numbers, progress)
@@ -391,6 +394,11 @@ class SleepablePool:
             before.mapped_bytes - after.mapped_bytes,
             after.offloaded_bytes - before.offloaded_bytes,
         )
+
+    def _give_back_prepared(self) -> None:
+        self._gate.is_prepared = False
+        if self._gate.problem is None:
+            self._transfers.cancel(self._tags.numbers())
 
     def _reserve_host_memory(self, call: str, offloaded: Sequence[str]) -> None:
         failure = self._transfers.prepare(self._tags.numbers(offloaded))
@@ -426,7 +434,6 @@ def _forget(heap: SleepHeap, numbers: Callable[[], list[int]]) -> None:
     """
 
     def forget() -> None:
-        heap.discard(numbers())
-        heap.trim_host()
+        heap.forget(numbers())
 
     threading.Thread(target=forget, name="distcomm: forgetting a pool", daemon=True).start()

@@ -245,6 +245,12 @@ class SleepHeap:
         """Forgets the content of what is asleep under these tags."""
         self._functions.distcomm_sleep_heap_discard(self.handle, *_array(tags))
 
+    def forget(self, tags: Sequence[int]) -> None:
+        """Frees all host memory of these tags, and what is not in use."""
+        self.cancel(tags)
+        self.discard(tags)
+        self.trim_host()
+
     def trim_host(self) -> int:
         """Frees host memory that is not in use; how many bytes."""
         num_bytes: int = self._functions.distcomm_sleep_heap_trim_host(self.handle)

@@ -101,12 +101,20 @@ class SleepTransfers:
         work = partial(self._heap.wake_up, tags, self._raw_streams(), now)
         return self._run("wake_up", work, now, progress)
 
+    def trim_host(self) -> int:
+        """`SleepHeap.trim_host`."""
+        try:
+            return run_bounded(
+                self._heap.trim_host, timeout_s=self._timeout_s, what="release_host_memory"
+            )
+        except StillRunningError as error:  # because of a transfer of any pool
+            raise SleepError(f"{error} [{self._device}]") from error
+
     def forget(self, tags: Sequence[int]) -> None:
         """Gives back the content of what is asleep, and all that has no user any more."""
 
         def forget() -> None:
-            self._heap.discard(tags)
-            self._heap.trim_host()
+            self._heap.forget(tags)
             self._torch_pools.empty_unused()
             self._heap.settle()
 

@@ -1,16 +1,10 @@
-"""Which pool a thread allocates from, over a stand-in that keeps torch's rules.
-
-The stand-in is strict where torch crashes, hangs or goes wrong silently: a pool begun twice, an
-end or release without a begin, a pool that goes while any other is begun, and lookups of the
-wrong device. What a thread would allocate from is torch's rule: the latest begun that applies.
-"""
+"""Which pool a thread allocates from, over a stand-in that keeps torch's rules."""
 
 from __future__ import annotations
 
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,141 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distcomm.errors import DistcommError
-from distcomm.memory import pool_routing, torch_pools
+from distcomm.memory import torch_pools
 from distcomm.memory.pool_routing import PoolRouting
-
-DEVICE_INDEX = 3
-GRAPH = "the graph's own pool"
-
-
-class Torch:
-    """Pools, routes and captures, as torch keeps them. Errors are kept for the end, as torch's
-    would end the process."""
-
-    def __init__(self) -> None:
-        self.routes: list[tuple[Any, int | None]] = []  # pool, thread; None for a graph's own
-        self.use_counts: dict[int, int] = {}
-        self.freeable: set[int] = set()  # without a use, not emptied yet
-        self.live: set[int] = set()  # tensors lie in these
-        self.num_pools = 0
-        self.capture_id = 0
-        self.watched: list[int] = []
-        self.ended: list[int] = []
-        self.faults: list[str] = []
-
-    def begin(self, device: int, pool: int) -> None:
-        assert device == DEVICE_INDEX
-        self.use_counts[pool] += 1
-        if any(pool == begun for begun, _ in self.routes):
-            raise RuntimeError("already recording")
-        self.routes.append((pool, threading.get_ident()))
-
-    def end(self, device: int, pool: int) -> None:
-        assert device == DEVICE_INDEX
-        found = [route for route in self.routes if route[0] == pool]
-        if not found:
-            raise RuntimeError("endAllocatePool: not currently recording")
-        self.routes.remove(found[0])
-
-    def release(self, device: int, pool: int) -> None:
-        assert device == DEVICE_INDEX
-        if self.use_counts[pool] < 1:
-            self.faults.append(f"pool {pool} was released once too often")
-        self.use_counts[pool] -= 1
-        if not self.use_counts[pool]:
-            self.freeable.add(pool)
-
-    def destroy(self, pool: int) -> None:
-        self.use_counts[pool] -= 1
-        if not self.use_counts[pool]:
-            if self.routes or self.capture_id:
-                self.faults.append(f"pool {pool} went while {self.routes} were begun")
-            self.freeable.add(pool)
-            self.empty({pool})
-
-    def empty_cache(self) -> None:
-        if not self.routes:
-            self.faults.append("all that torch has cached was given back")
-        self.empty(self.freeable)
-
-    def empty(self, pools: set[int]) -> None:
-        for pool in pools - self.live:
-            del self.use_counts[pool]
-        self.freeable &= self.live
-
-    def has_no_tensors(self, device: int, pool: int, expected: set[int]) -> bool:
-        assert device == DEVICE_INDEX
-        assert not expected
-        return pool not in self.live
-
-    def allocates_from(self) -> Any:
-        """The pool, of this thread; None for ordinary memory."""
-        mine = [pool for pool, thread in self.routes if thread in (None, threading.get_ident())]
-        return mine[-1] if mine else None
-
-    def begin_capture(self) -> None:
-        self.num_captures = getattr(self, "num_captures", 0) + 1
-        self.capture_id = 100 + self.num_captures
-        self.routes.append((GRAPH, None))
-
-    def end_capture(self) -> int:
-        self.routes.remove((GRAPH, None))
-        ended, self.capture_id = self.capture_id, 0
-        return ended
-
-    def take_ended(self) -> list[int]:
-        taken, self.ended = self.ended, []
-        return taken
-
-
-class MemPool:
-    def __init__(self, owner: Torch) -> None:
-        self._owner = owner
-        owner.num_pools += 1
-        self.id = owner.num_pools
-        owner.use_counts[self.id] = 1
-
-    def use_count(self) -> int:
-        return self._owner.use_counts[self.id]
-
-    def __del__(self) -> None:
-        self._owner.destroy(self.id)
+from tests.cpu.torch_stand_in import DEVICE_INDEX, GRAPH, Torch, patched
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Torch]:
     with patched(monkeypatch) as there:
         yield there
-
-
-class patched:  # noqa: N801 - used as a function
-    """Puts the stand-in in torch's place."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._patch = monkeypatch
-
-    def __enter__(self) -> Torch:
-        there = Torch()
-        put = self._patch.setattr
-        put(torch_pools, "_begin_in_thread", there.begin)
-        put(torch_pools, "_end_in_thread", there.end)
-        put(torch_pools, "_release", there.release)
-        put(torch_pools, "_empty_cache", there.empty_cache)
-        put(torch_pools, "_has_no_tensors", there.has_no_tensors)
-        put(torch_pools, "_torch_allocator", lambda path: None)
-        put(torch.cuda, "MemPool", lambda allocator: MemPool(there), raising=False)
-        put(torch.cuda, "device", lambda device: nullcontext())
-        put(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
-        watch = SimpleNamespace(
-            capture_id=lambda stream: there.capture_id,
-            watch=lambda stream: there.watched.append(there.capture_id),
-            take_ended=there.take_ended,
-        )
-        put(pool_routing, "CaptureWatch", lambda nccl: watch)
-        return there
-
-    def __exit__(self, *_: object) -> None:
-        self._patch.undo()
 
 
 def make_routing() -> PoolRouting:
@@ -167,7 +35,7 @@ def check_end(there: Torch, routing: PoolRouting) -> None:
     try:
         routing.close()
         assert there.routes == []
-        unused = [] if routing._pools._never_used is None else [routing._pools._never_used.id]
+        unused = [pool.id for pool in routing._pools._never_used.values()]
         assert list(there.use_counts) == unused, "pools are left"
     finally:
         gc.enable()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
+from unittest import mock
 
 import pytest
 import torch
 
 import distcomm
 from distcomm import ParallelState, SleepablePool, SleepError, SymmetricMemoryError
+from distcomm.memory import PeerChannel
 from tests.gpu.job import start
 from tests.worker_pool import WorkerPool, fresh_init_method
 
@@ -60,7 +62,7 @@ def cycles(rank: int, world: int, method: str) -> None:
         kernels = tp.kernels
         place = x.data_ptr(), tp.placement(x)
         for _ in range(3):
-            report = distcomm.sleep(symmetric=True)
+            report = distcomm.sleep(symmetric=True, communicators=False)
             reserved = state.symmetric_pool.stats()["bytes_reserved"]
             assert report.symmetric_bytes == report.freed_bytes == reserved
             assert state.symmetric_pool.stats()["asleep"]
@@ -69,7 +71,7 @@ def cycles(rank: int, world: int, method: str) -> None:
             assert "asleep" in str(tp.stats()["algorithms"])
             expect_collectives(state)
             assert tp.stats()["symmetric_memory"]["inactive"][distcomm.memory.ASLEEP] > 0
-            assert distcomm.sleep(symmetric=True).freed_bytes == 0
+            assert distcomm.sleep(symmetric=True, communicators=False).freed_bytes == 0
             assert distcomm.wake_up(symmetric=False) == 0
             assert distcomm.wake_up() == reserved
             assert distcomm.wake_up() == 0
@@ -134,7 +136,7 @@ def one_refuses(rank: int, world: int, method: str) -> None:
         context = state.tp.symmetric_memory(enabled=rank == 0)
         in_the_way = r"rank 0: .*a symmetric_memory\(\) block has not ended"
         with context, pytest.raises(SleepError, match=in_the_way):
-            distcomm.sleep(symmetric=True)
+            distcomm.sleep(symmetric=True, communicators=False)
         assert (weights == 7).all()
         distcomm.sleep(("weights",))
         distcomm.wake_up()
@@ -175,7 +177,7 @@ def captures(rank: int, world: int, method: str) -> None:
             graph, out = captured(x, out, **options)
             if tp.kernels is not None or x is not weights:
                 with pytest.raises(SleepError, match="a CUDA graph that was captured with"):
-                    distcomm.sleep(symmetric=True)
+                    distcomm.sleep(symmetric=True, communicators=False)
             distcomm.sleep(("weights",))
             distcomm.wake_up()
             graph.replay()
@@ -184,7 +186,7 @@ def captures(rank: int, world: int, method: str) -> None:
             del graph, out
             gc.collect()
             expect_ended(state)
-        distcomm.sleep(("weights",), symmetric=True)
+        distcomm.sleep(("weights",), symmetric=True, communicators=False)
         kept.replay()
         torch.cuda.synchronize()
         assert (result == world).all()
@@ -203,11 +205,11 @@ def closed_asleep(rank: int, world: int, method: str) -> None:
     with job(rank, world, method) as state:
         with state.tp.symmetric_memory():
             kept = torch.ones(100, device=state.device)
-        distcomm.sleep(symmetric=True)
+        distcomm.sleep(symmetric=True, communicators=False)
     with job(rank, world, f"{method}_again") as state:
         assert not state.tp.is_symmetric(kept)
         expect_collectives(state)
-        distcomm.sleep(symmetric=True)
+        distcomm.sleep(symmetric=True, communicators=False)
         distcomm.wake_up()
         expect_collectives(state)
         del kept
@@ -220,7 +222,13 @@ def test_a_job_may_end_asleep(gpus: WorkerPool, most_ranks: int):
 def refusals(rank: int, world: int, method: str) -> None:
     """While symmetric memory is asleep, what needs it says so or does without; closing is fine."""
     with job(rank, world, method) as state:
-        distcomm.sleep(symmetric=True)
+        context = state.tp.symmetric_memory()
+        with context:
+            x = torch.ones(100, device=state.device)
+        del x  # torch would give its memory out again
+        distcomm.sleep(symmetric=True, communicators=False)
+        with pytest.raises(SymmetricMemoryError, match=r"symmetric_memory: .* is asleep"), context:
+            pass
         with pytest.raises(SleepError, match="create_group: the symmetric memory is asleep"):
             state.create_group("late", list(range(world)))
         for call in (lambda: state.symmetric_pool.reserve("4MiB"), state.symmetric_pool.freeze):
@@ -236,13 +244,67 @@ def test_what_needs_symmetric_memory_is_refused(gpus: WorkerPool, most_ranks: in
     gpus.run(refusals, fresh_init_method(), ranks=most_ranks)
 
 
+def kernels_can_not_go_on(rank: int, world: int, method: str) -> None:
+    """What fails for one rank's kernels pauses all ranks' until the next `wake_up`."""
+    with job(rank, world, method) as state:
+        kernels = state.tp.kernels
+        if kernels is None:  # as simulated GPUs have none
+            return
+        distcomm.sleep(symmetric=True, communicators=False)
+        with mock.patch.object(PeerChannel, "reopen", autospec=True) as reopen:
+            reopen.side_effect = None if rank != 1 else torch.OutOfMemoryError("no memory left")
+            with pytest.raises(SleepError, match=r"wake_up failed on ranks \[1\](?s:.)*no memory"):
+                distcomm.wake_up()
+            assert reopen.called
+        assert state.tp.kernels is None
+        expect_collectives(state)
+        distcomm.wake_up()
+        assert state.tp.kernels is kernels
+        expect_collectives(state)
+        distcomm.sleep(symmetric=True, communicators=False)
+        distcomm.wake_up()
+        assert state.tp.kernels is kernels
+        expect_collectives(state)
+
+
+def test_kernels_that_one_rank_can_not_wake_up(gpus: WorkerPool, most_ranks: int):
+    gpus.run(kernels_can_not_go_on, fresh_init_method(), ranks=most_ranks)
+
+
+def broken_off(rank: int, world: int, method: str) -> None:
+    """A rank that breaks a call off keeps nobody waiting for ever, and the call can be repeated."""
+    with job(rank, world, method) as state:
+        kernels, pool, steps = state.tp.kernels, state.symmetric_pool, state.sleep_steps
+        for name in ("fall_asleep", "wake_up"):
+            if name == "wake_up":
+                distcomm.sleep(symmetric=True, communicators=False)
+            state.world.barrier()
+            broken = mock.Mock(side_effect=LookupError(name))
+            patch = mock.patch.object(pool, name, broken if rank == 0 else getattr(pool, name))
+            short = mock.patch.object(steps, "_timeout_s", 1.0)
+            with patch, short, pytest.raises(LookupError if rank == 0 else SleepError):
+                distcomm.sleep(symmetric=True) if name == "fall_asleep" else distcomm.wake_up()
+            state.world.barrier()  # the others have waited for this rank
+            distcomm.wake_up()
+            expect_collectives(state)
+            assert state.tp.kernels is kernels
+            assert not pool.asleep
+        if kernels is not None:
+            torch.cuda.synchronize()
+            assert kernels.channel.signals_are_at_rest()
+
+
+def test_a_call_that_one_rank_breaks_off_can_be_repeated(gpus: WorkerPool, most_ranks: int):
+    gpus.run(broken_off, fresh_init_method(), ranks=most_ranks)
+
+
 def out_of_memory(rank: int, world: int, method: str) -> None:
     """Where one rank can't have its symmetric memory again, none has; and it can be repeated."""
     with job(rank, world, method, symmetric_reserve="1GiB") as state:
         with state.tp.symmetric_memory():
             x = torch.ones(1000, device=state.device)
         before = torch.cuda.mem_get_info()[0]
-        freed = distcomm.sleep(symmetric=True).symmetric_bytes
+        freed = distcomm.sleep(symmetric=True, communicators=False).symmetric_bytes
         assert freed >= 1 << 30
         hog = None
         if rank == 0:
@@ -273,10 +335,14 @@ def test_symmetric_memory_that_one_rank_can_not_have_again(gpus: WorkerPool, mos
 def suspended(rank: int, world: int, method: str) -> None:
     """NCCL's own buffers, where it can; its calls raise until it is woken up."""
     with job(rank, world, method) as state:
+        x = torch.ones(10, device=state.device)
+        with state.tp.pynccl_comm.change_state(enable=rank != 0):
+            assert distcomm.sleep(symmetric=True).communicators == {}
+        distcomm.wake_up()
+        assert (state.tp.all_reduce(x) == world).all()
         supported = state.tp.pynccl_comm.nccl.supports("comm_suspend")
         report = distcomm.sleep(symmetric=True)
         name = state.tp.pynccl_comm.member.name
-        x = torch.ones(10, device=state.device)
         if supported:
             assert report.communicators[name] > 0
             with pytest.raises(SleepError, match="all_reduce: the communicator is suspended"):
