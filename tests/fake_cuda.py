@@ -114,7 +114,7 @@ class FakeCuda:
         self._library.fake_cuda_fail_call.argtypes = [c_char_p, c_uint64, c_uint64, c_int]
         self._library.fake_cuda_num_calls.argtypes = [c_char_p]
         self._library.fake_cuda_num_calls.restype = c_uint64
-        self._library.fake_cuda_hold.argtypes = [c_char_p]
+        self._library.fake_cuda_hold.argtypes = [c_char_p, c_uint64]
         self._library.fake_cuda_set_limits.argtypes = [c_size_t, c_size_t]
         self._library.fake_cuda_set_rdma.argtypes = [c_int]
         self._library.fake_cuda_set_capturing.argtypes = [c_uint64]
@@ -140,7 +140,7 @@ class FakeCuda:
         self.set_timeout(10.0)
         self.set_delay(0.0)
         self.fail_no_call()
-        self._library.fake_cuda_hold(b"")
+        self._library.fake_cuda_hold(b"", 1)
         self.set_limits()
         self.set_rdma(True)
         self.set_capturing(None)
@@ -160,8 +160,9 @@ class FakeCuda:
         return count
 
     @contextmanager
-    def held(self, name: str) -> Iterator[Callable[[], None]]:
-        """Calls of this name wait until the block ends; gives what waits until one does."""
+    def held(self, name: str, nth: int = 1) -> Iterator[Callable[[], None]]:
+        """Calls of this name, from the `nth` on, wait until the block ends; gives what waits until
+        one does."""
 
         def wait() -> None:
             deadline = time.monotonic() + 30
@@ -169,11 +170,11 @@ class FakeCuda:
                 assert time.monotonic() < deadline, f"nobody has called {name}"
                 time.sleep(1e-3)
 
-        self._library.fake_cuda_hold(name.encode())
+        self._library.fake_cuda_hold(name.encode(), nth)
         try:
             yield wait
         finally:
-            self._library.fake_cuda_hold(b"")
+            self._library.fake_cuda_hold(b"", 1)
 
     def set_limits(self, *, device_bytes: int = PLENTY, host_bytes: int = PLENTY) -> None:
         """What there may be of physical memory, of all devices together, and of pinned memory."""

@@ -112,17 +112,17 @@ int64_t SleepHeap::select(int64_t tag) {
 }
 
 void* SleepHeap::alloc(size_t size, CudaStream stream) {
-  const bool capturing = is_capturing(driver_, stream);
+  const CudaContext context(driver_, device_);  // first: without one, no stream can be asked about
+  const bool capturing = context.is_current() && is_capturing(driver_, stream);
   const auto selected = t_tags.find(this);
   const int64_t tag = selected == t_tags.end() ? 0 : selected->second;
   t_failure = SleepFailure{};
-  const CudaContext context(driver_, device_);
   const RelaxedCapture relaxed(driver_);
   void* pointer = nullptr;
   if (capturing || tag == 0 || !context.is_current()) {
-    note(capturing ? "a captured CUDA graph can't have memory of a sleepable pool"
-         : tag == 0 ? "this thread is in no block that allocates with a tag"
-                    : "the device can't be used", size);
+    note(!context.is_current() ? "the device can't be used"
+         : capturing           ? "a captured CUDA graph can't have memory of a sleepable pool"
+                               : "this thread is in no block that allocates with a tag", size);
   } else {
     pointer = try_alloc(size, tag);
     if (pointer == nullptr && t_failure.code == kOutOfMemory && has_pending()) {
@@ -143,10 +143,9 @@ bool SleepHeap::free(void* pointer, CudaStream stream) {
     const Lock lock(pending_mutex_);
     pending_.push_back(pointer);
   }
-  if (is_capturing(driver_, stream)) return true;
   const CudaContext context(driver_, device_);
+  if (!context.is_current() || is_capturing(driver_, stream)) return true;
   const RelaxedCapture relaxed(driver_);
-  if (!context.is_current()) return true;
   const std::vector<void*> unknown = give_back_pending();
   return std::find(unknown.begin(), unknown.end(), pointer) == unknown.end();
 }

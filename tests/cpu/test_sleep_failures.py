@@ -65,6 +65,20 @@ def each_failure(
     raise AssertionError("it never went well")
 
 
+@on_fake_cuda(rig)
+def test_the_first_reason_is_the_one_to_tell(rig: Rig) -> None:
+    """Also if what was done can't be undone now."""
+    rig.fake.fail_call("cuMemMap", 2)
+    rig.fake.fail_call("cuMemUnmap")
+    assert rig.alloc(rig.weights, 3 * CHUNK) == 0
+    failure = rig.heap.take_failure()
+    assert failure is not None
+    assert (failure.needed_bytes, failure.text) == (3 * CHUNK, f"cuMemMap {FAILED}")
+    assert rig.heap.usage(rig.weights) == TagUsage()
+    rig.heap.settle()
+    assert rig.fake.live().ranges == 0
+
+
 # Sleep
 
 SLEEPING = ["cuMemHostAlloc", "cuCtxSynchronize", "cuMemcpyAsync", "cuStreamSynchronize"]
@@ -237,6 +251,20 @@ def test_memory_that_the_driver_keeps_is_used_at_the_next_wake_up(rig: Rig) -> N
     rig.fake.fail_no_call()
     assert rig.heap.usage(rig.weights) == TagUsage(0, 3 * CHUNK, 3 * CHUNK)
     rig.fake.set_limits(device_bytes=3 * CHUNK)
+    assert rig.wake_up(rig.weights) is None
+    assert block.is_intact()
+
+
+@on_fake_cuda(rig)
+def test_memory_that_was_mapped_without_access_is_mapped_anew(rig: Rig) -> None:
+    block = rig.make(rig.weights)
+    rig.sleep(rig.weights, offloaded=(rig.weights,))
+    rig.fake.fail_call("cuMemSetAccess")
+    rig.fake.fail_call("cuMemUnmap")
+    failure = rig.wake_up(rig.weights)
+    assert failure is not None
+    assert failure.text == f"cuMemSetAccess {FAILED}", "the first reason is the one to tell"
+    assert rig.heap.usage(rig.weights) == TagUsage(0, CHUNK, CHUNK)
     assert rig.wake_up(rig.weights) is None
     assert block.is_intact()
 

@@ -75,6 +75,17 @@ def test_freeing_waits_for_the_device(rig: Rig) -> None:
 
 
 @on_fake_cuda(rig)
+def test_what_waits_to_be_freed_is_freed_for_a_new_block(rig: Rig) -> None:
+    block = rig.make(rig.weights, 2 * CHUNK)
+    rig.fake.set_capturing(7)
+    assert rig.heap.free(block.address, stream=7)
+    rig.fake.set_capturing(None)
+    rig.fake.set_limits(device_bytes=3 * CHUNK)
+    assert rig.make(rig.weights, 2 * CHUNK).is_intact()
+    assert rig.heap.take_failure() is None
+
+
+@on_fake_cuda(rig)
 def test_a_network_card_may_read_what_it_can(rig: Rig) -> None:
     rig.make(rig.weights)
     assert rig.fake.live().rdma_bytes == CHUNK
@@ -323,10 +334,10 @@ def test_other_tags_go_on_during_a_transfer(rig: Rig) -> None:
 def test_progress_counts_what_was_copied(rig: Rig) -> None:
     rig.make(rig.weights, 3 * CHUNK)
 
-    def seen_at(name: str, call: Callable[[], object]) -> list[tuple[int, int]]:
+    def seen_at(name: str, nth: int, call: Callable[[], object]) -> list[tuple[int, int]]:
         seen = []
         with ThreadPoolExecutor(1) as thread:
-            with rig.fake.held(name) as wait:
+            with rig.fake.held(name, nth) as wait:
                 done = thread.submit(call)
                 wait()
                 seen.append(rig.progress())
@@ -334,9 +345,14 @@ def test_progress_counts_what_was_copied(rig: Rig) -> None:
         return [*seen, rig.progress()]
 
     whole = (3 * CHUNK, 3 * CHUNK)
-    sleep = seen_at("cuMemUnmap", lambda: rig.sleep(rig.weights, offloaded=(rig.weights,)))
-    assert sleep == [(0, 3 * CHUNK), whole]
-    assert seen_at("cuMemMap", lambda: rig.wake_up(rig.weights)) == [(0, 3 * CHUNK), whole]
+    for nth in (1, 2):
+        asleep = seen_at(
+            "cuMemUnmap", nth, lambda: rig.sleep(rig.weights, offloaded=(rig.weights,))
+        )
+        assert asleep == [((nth - 1) * CHUNK, 3 * CHUNK), whole]
+        # A copy is known to be made when the next but one begins.
+        awake = seen_at("cuMemMap", nth + 1, lambda: rig.wake_up(rig.weights))
+        assert awake == [((nth - 1) * CHUNK, 3 * CHUNK), whole]
     rig.sleep(rig.weights)
     assert rig.progress() == (0, 0), "nothing is copied"
 

@@ -112,7 +112,7 @@ def test_only_what_sleeps_can_be_offloaded(rig: PoolRig) -> None:
     for tag in ("a", "b", "c"):
         rig.make(pool, tag)
     for call in (pool.sleep, pool.prepare_sleep):
-        text = error_of(lambda call=call: call(["a", "b"], tags=["b", "c"]), ArgumentError)
+        text = error_of(lambda call=call: call(["b", "a"], tags=["c", "b"]), ArgumentError)
         assert text == (
             f"{call.__name__}: offload_tags must be among tags, ['b', 'c']; got ['a'] ['sleepable']"
         )

@@ -15,6 +15,7 @@ import torch
 from distcomm.errors import SleepError
 from distcomm.memory import (
     HostMemoryError,
+    SleepablePool,
     SleepOutOfMemoryError,
     Slept,
     TagUsage,
@@ -177,6 +178,27 @@ def test_what_progress_raises_is_raised_at_the_end(rig: PoolRig) -> None:
     assert (stats["sleeps"], stats["wake_ups"]) == (1, 1)
     pool.sleep(["a"])
     assert pool.wake_up() == 3 * CHUNK
+
+
+def fail_with_progress(rig: PoolRig) -> SleepablePool:
+    """A pool that sleeps: waking up has failed, of which its progress has raised, too."""
+    pool = rig.pool()
+    rig.make(pool, "a")
+    pool.sleep(["a"])
+    rig.fake.fail_call("cuMemcpyAsync")
+    error_of(lambda: pool.wake_up(progress=raise_lookup_error))
+    return pool
+
+
+@on_fake_cuda(pool_rig)
+def test_what_progress_raised_of_a_failed_transfer_is_forgotten(rig: PoolRig) -> None:
+    assert fail_with_progress(rig).wake_up() == CHUNK
+
+
+@pytest.mark.xfail(strict=True, reason="it is raised by the next sleep that has nothing to do")
+@on_fake_cuda(pool_rig)
+def test_a_sleep_with_nothing_to_do_raises_nothing(rig: PoolRig) -> None:
+    assert fail_with_progress(rig).sleep() == Slept(0, 0)
 
 
 def polling(rig: PoolRig, name: str) -> Callable[..., Any]:

@@ -154,6 +154,7 @@ std::mutex g_calls_mutex;  // guards all of these
 std::condition_variable g_released;
 std::map<std::string, Calls> g_calls;
 std::string g_held;
+uint64_t g_first_held = 0;
 int g_num_held = 0;
 
 // Every call begins here. What it returns is what the call is to return, if no success.
@@ -161,7 +162,7 @@ CUresult enter(const char* name) {
   std::unique_lock<std::mutex> lock(g_calls_mutex);
   Calls& calls = g_calls[name];
   const uint64_t number = ++calls.count;
-  if (g_held == name) {
+  if (g_held == name && number >= g_first_held) {
     ++g_num_held;
     g_released.wait(lock, [name] { return g_held != name; });
     --g_num_held;
@@ -380,10 +381,11 @@ CUDA_EXPORT uint64_t fake_cuda_num_calls(const char* name) {
   return g_calls[name].count;
 }
 
-// From now on calls of this name wait, until another name is given.
-CUDA_EXPORT void fake_cuda_hold(const char* name) {
+// Calls of this name wait, from the `nth` from now on, until another name is given.
+CUDA_EXPORT void fake_cuda_hold(const char* name, uint64_t nth) {
   const Lock lock(g_calls_mutex);
   g_held = name;
+  g_first_held = g_calls[name].count + nth;
   g_released.notify_all();
 }
 

@@ -239,7 +239,7 @@ class Fake {
     }
     std::unique_lock<std::mutex> lock(mutex_);
     const bool needs_context =
-        which != kIsCapturing && which != kRetain && which != kPush && which != kAttribute;
+        which != kRetain && which != kPush && which != kAttribute;
     if (needs_context && t_context == nullptr) {
       device_.violations.push_back(std::string(kNames[which]) + " without a context");
       return 201;
