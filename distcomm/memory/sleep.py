@@ -14,7 +14,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
@@ -114,7 +114,9 @@ class SleepablePool:
             raise ArgumentError(
                 "timeout", "a finite number of seconds > 0", repr(timeout), call="SleepablePool"
             )
-        place = torch.device("cuda" if device is None else device)
+        # torch takes an index for one of whatever accelerator there is, if any.
+        named = torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
+        place = torch.device(named)
         if place.type != "cuda":
             raise ArgumentError("device", "a CUDA device", place, call="SleepablePool")
         native = NativeLibrary()
@@ -245,7 +247,6 @@ class SleepablePool:
             report.freed_bytes,
             report.offloaded_bytes,
         )
-        self._transfers.raise_of_progress()
         return report
 
     def prepare_sleep(
@@ -306,7 +307,7 @@ class SleepablePool:
             self._tags.wake_up(chosen)
             self._num_wake_ups += 1
             taken = before - self._tags.total().asleep_bytes
-        self._transfers.raise_of_progress()
+            self._transfers.raise_of_progress()
         return taken
 
     def release_host_memory(self) -> int:
@@ -389,6 +390,7 @@ class SleepablePool:
                 f"{self._what('sleep')}: {failure.text}; the content of {list(offloaded)} is not "
                 f"lost, asleep are {list(self.asleep_tags)}"
             )
+        self._transfers.raise_of_progress()
         after = self._tags.total()
         return Slept(
             before.mapped_bytes - after.mapped_bytes,
@@ -436,4 +438,5 @@ def _forget(heap: SleepHeap, numbers: Callable[[], list[int]]) -> None:
     def forget() -> None:
         heap.forget(numbers())
 
-    threading.Thread(target=forget, name="distcomm: forgetting a pool", daemon=True).start()
+    with suppress(RuntimeError):  # there are no new threads when the interpreter shuts down
+        threading.Thread(target=forget, name="distcomm: forgetting a pool", daemon=True).start()

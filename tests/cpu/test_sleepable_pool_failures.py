@@ -195,7 +195,6 @@ def test_what_progress_raised_of_a_failed_transfer_is_forgotten(rig: PoolRig) ->
     assert fail_with_progress(rig).wake_up() == CHUNK
 
 
-@pytest.mark.xfail(strict=True, reason="it is raised by the next sleep that has nothing to do")
 @on_fake_cuda(pool_rig)
 def test_a_sleep_with_nothing_to_do_raises_nothing(rig: PoolRig) -> None:
     assert fail_with_progress(rig).sleep() == Slept(0, 0)
