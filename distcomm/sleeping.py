@@ -128,19 +128,17 @@ def wake_up(tags: Sequence[str] | None = None, *, symmetric: bool = True) -> int
     arguments = {"tags": None if tags is None else list(tags), "symmetric": symmetric}
     steps.begin("wake_up", arguments, error, _extra_s(pools))
     errors: list[Exception] = []
-    taken = 0
+    taken: list[int] = []
     shared = None if state is None else _SharedParts(state, steps, errors)
     if shared is not None:
         shared.resume()
     for pool in pools:
-        try:
-            taken += pool.wake_up(_known(pool, tags))
-        except DistcommError as failed:
-            errors.append(failed)
+        failed = _tried(partial(_wake_up, pool, tags, taken))
+        errors += [failed] if failed is not None else []
     if shared is not None and symmetric:
-        taken += shared.wake_up()
+        taken.append(shared.wake_up())
     steps.conclude(errors)
-    return taken
+    return sum(taken)
 
 
 class _SharedParts:
@@ -249,7 +247,6 @@ class _SharedParts:
         """
         failed: dict[tuple[int, ...], str] = {}
         for communicators in self._state.communicators:
-            # torch's errors, too: what one rank lacks memory for, others have done already.
             error = _tried(partial(work, communicators))
             if error is not None:
                 self._errors.append(error)
@@ -307,6 +304,10 @@ def _put_to_sleep(
     report.pools[pool] = pool.sleep(_known(pool, offload_tags) or (), tags=_known(pool, tags))
 
 
+def _wake_up(pool: SleepablePool, tags: Sequence[str] | None, taken: list[int]) -> None:
+    taken.append(pool.wake_up(_known(pool, tags)))
+
+
 def _check_tags(
     call: str, argument: str, pools: Sequence[SleepablePool], tags: Sequence[str] | None
 ) -> None:
@@ -325,7 +326,7 @@ def _tried(work: Callable[[], Any]) -> Exception | None:
     """The error of this rank, which the others are told of before it is raised."""
     try:
         work()
-    except (DistcommError, RuntimeError) as error:
+    except (DistcommError, RuntimeError, TimeoutError) as error:  # torch's, and late calls
         return error
     return None
 
