@@ -77,6 +77,7 @@ class Router:
         self._communicators = communicators
         self._job = job
         self._pynccl = communicators.pynccl
+        self._notes_captures = job.symmetric_pool is not None
         self._backends: dict[str, Backend] = {}
         self._routes: dict[tuple[str, bool, bool, bool, str | None], _Route] = {}
         self._others: dict[tuple[str, str], _Counter] = {}
@@ -111,7 +112,7 @@ class Router:
         kernels = self._communicators.kernels
         if kernels is not None and on_cuda and reduction == "sum" and op in _TUNED:
             algorithm = kernels.algorithm(_TUNED[op], x, output)
-        if on_cuda and torch._C._cuda_isCurrentStreamCapturing():
+        if on_cuda and self._notes_captures and torch._C._cuda_isCurrentStreamCapturing():
             self._communicators.note_capture(x, output)
         enabled = pynccl is not None and pynccl.enabled
         key = (op, on_cuda, enabled, bool(self._observers), algorithm)

@@ -215,7 +215,7 @@ def fall_back_and_return(state: ParallelState) -> tuple[dict[str, Any], list[str
     communicators = SimpleNamespace(
         pynccl=pynccl, cpu_group=group, device_group=group, kernels=None
     )
-    job = SimpleNamespace(device=torch.device("cuda", 0), deterministic=False)
+    job = SimpleNamespace(device=torch.device("cuda", 0), deterministic=False, symmetric_pool=None)
     router = Router(state.cp.member, communicators, job)
     warnings: list[str] = []
     handler = logging.Handler()

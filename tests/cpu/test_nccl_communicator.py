@@ -470,13 +470,16 @@ FUNCTIONS = {
     "recv": "ncclRecv",
 }
 NO_COLLECTIVES = {
+    "break_off",
     "change_state",
     "close",
     "fence_captures",
     "give_up",
     "group",
     "on_close",
+    "resume",
     "run_bounded",
+    "suspend",
 }
 
 

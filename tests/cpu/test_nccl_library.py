@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -40,7 +40,7 @@ FEATURES = {
     "window_register": ["ncclCommWindowRegister", "ncclCommWindowDeregister"],
     "comm_shrink": ["ncclCommShrink"],
     "peer_pointer": ["ncclGetPeerDevicePointer"],
-    "comm_suspend": ["ncclCommSuspend", "ncclCommResume"],
+    "comm_suspend": ["ncclCommSuspend", "ncclCommResume", "ncclCommMemStats"],
 }
 
 
@@ -334,7 +334,7 @@ def test_a_feature_needs_its_functions_whatever_the_version(fresh_process: Fresh
     path = str(fake_nccl_path())
     supported, errors = fresh_process.run(features_of, path, FAKE_NCCL_VERSION="23203")
     offered = {feature for feature in FEATURES if supported[feature]}
-    assert offered == {"mem_alloc", "window_register", "peer_pointer"}
+    assert offered == {"mem_alloc", "window_register", "peer_pointer", "comm_suspend"}
     assert errors["ncclCommShrink"] == (
         "ncclCommShrink belongs to 'comm_shrink', which NCCL has since 22703; "
         f"{path}, version 23203, doesn't offer it"
@@ -343,7 +343,12 @@ def test_a_feature_needs_its_functions_whatever_the_version(fresh_process: Fresh
 
 @pytest.mark.parametrize(
     ("feature", "since"),
-    [("mem_alloc", 21900), ("window_register", 22700), ("peer_pointer", 22902)],
+    [
+        ("mem_alloc", 21900),
+        ("window_register", 22700),
+        ("peer_pointer", 22902),
+        ("comm_suspend", 22907),
+    ],
 )
 def test_a_feature_needs_its_version(fresh_process: FreshProcess, feature: str, since: int) -> None:
     path = str(fake_nccl_path())
@@ -387,6 +392,7 @@ PARAMETER_KINDS = {
     "int": c_int,
     "int*": POINTER(c_int),
     "size_t": c_size_t,
+    "uint64_t*": POINTER(c_uint64),
     "cudaStream_t": c_void_p,
     "ncclComm_t": c_void_p,
     "const ncclComm_t": c_void_p,
@@ -394,6 +400,7 @@ PARAMETER_KINDS = {
     "ncclWindow_t": c_void_p,
     "ncclWindow_t*": POINTER(c_void_p),
     "ncclConfig_t*": c_void_p,
+    "ncclCommMemStat_t": c_int,
     "ncclDataType_t": c_int,
     "ncclRedOp_t": c_int,
     "ncclResult_t": c_int,

@@ -153,7 +153,7 @@ def test_observers_of_a_group_are_told_of_nccl_collectives_only():
     pynccl = mock.create_autospec(LocalBackend, instance=True)
     pynccl.enabled = True
     communicators = SimpleNamespace(pynccl=pynccl, cpu_group=mock.Mock(), kernels=None)
-    job = SimpleNamespace(device=torch.device("cuda", 0), deterministic=False)
+    job = SimpleNamespace(device=torch.device("cuda", 0), deterministic=False, symmetric_pool=None)
     member = GroupMember("tp", (0, 1), 0)
     router = Router(member, communicators, job)  # type: ignore[arg-type]
     x: Any = SimpleNamespace(is_cuda=True, nbytes=4)  # all that routing looks at

@@ -39,6 +39,7 @@ def pool_of(rank: HeapRank, routing: Routing, frozen: bool) -> SymmetricPool:
     pool.heap = rank.heap
     pool.routing = routing  # type: ignore[assignment]
     pool.frozen = frozen
+    pool.asleep = False
     pool._groups = [rank.windows]
     pool._at_start = rank.heap.stats()
     pool._warned_not_mapped = False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -50,8 +52,18 @@ def different_sizes(rank: int, world: int, method: str) -> str:
         return repr((error.reports, error.odd_ranks))
 
 
+@contextmanager
+def impatient_job(rank: int, world: int, method: str) -> Iterator[ParallelState]:
+    """Ranks wait `TIMEOUT_S` for each other where they register; NCCL may take longer to begin."""
+    with symmetric_job(rank, world, method) as state:
+        for communicators in state.communicators:
+            if communicators.windows is not None:
+                communicators.windows._timeout_s = TIMEOUT_S
+        yield state
+
+
 def late_rank(rank: int, world: int, method: str) -> str:
-    with symmetric_job(rank, world, method, timeout=TIMEOUT_S) as state:
+    with impatient_job(rank, world, method) as state:
         tp, late = state.tp, world - 1
         before = num_registrations(state)
         if rank == late:
@@ -70,7 +82,7 @@ def late_rank(rank: int, world: int, method: str) -> str:
 
 
 def out_of_memory_on_one(rank: int, world: int, method: str) -> None:
-    with symmetric_job(rank, world, method, timeout=TIMEOUT_S) as state:
+    with impatient_job(rank, world, method) as state:
         tp, odd = state.tp, 0
         with tp.symmetric_memory():
             kept = torch.ones(8, device=state.device)
@@ -115,7 +127,7 @@ def out_of_memory_everywhere(rank: int, world: int, method: str) -> None:
 
 def error_in_the_body(rank: int, world: int, method: str) -> None:
     """What was allocated before is registered all the same, so ranks that go on don't wait."""
-    with symmetric_job(rank, world, method, timeout=TIMEOUT_S) as state:
+    with impatient_job(rank, world, method) as state:
         tp = state.tp
 
         def body() -> torch.Tensor:
