@@ -6,8 +6,9 @@ import ctypes
 import functools
 import importlib
 import inspect
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from ctypes import c_char_p, c_int, c_longlong, c_size_t, c_uint64
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "FakeCuda",
     "LiveMemory",
     "Operation",
+    "driver_with",
     "fake_cuda",
     "fake_cuda_path",
     "on_fake_cuda",
@@ -42,6 +44,17 @@ _CAPACITY = 1 << 16
 def fake_cuda_path() -> Path:
     """Path of the stand-in, named libcuda.so.1, in a folder of its own; see `built_library`."""
     return built_library("fake_cuda", "fake_cuda/libcuda.so.1")
+
+
+def driver_with(folder: Path, functions: Sequence[str]) -> Path:
+    """A libcuda.so.1 that has these functions, all of which do nothing, and no others."""
+    source, library = folder / "driver.cpp", folder / "libcuda.so.1"
+    source.write_text("".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in functions))
+    name_it = "-Wl,-soname,libcuda.so.1"
+    subprocess.run(
+        ["c++", "-shared", "-fPIC", name_it, "-o", str(library), str(source)], check=True
+    )
+    return library
 
 
 class Operation(NamedTuple):

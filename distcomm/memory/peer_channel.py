@@ -110,8 +110,12 @@ class PeerChannel:
         self._worked = self.problem is None
 
     def pause(self) -> None:
-        """The memory of its signals is about to go, with all windows. Local."""
-        self.problem = ASLEEP
+        """The memory of its signals is about to go, with all windows. Local.
+
+        One that never worked, as on all ranks, keeps saying why.
+        """
+        if self._worked:
+            self.problem = ASLEEP
 
     def reopen(self) -> None:
         """After `pause`, with memory and windows again: as at first. Collective.
@@ -120,11 +124,11 @@ class PeerChannel:
             SymmetricMismatchError: a rank didn't come in time.
             SymmetricMemoryError: it worked at first, and doesn't now; mostly on all ranks.
         """
-        if not self._area:
+        if not self._worked:
             return
         with torch.cuda.device(self._device):
             self._connect(None)
-        if self._worked and self.problem is not None:
+        if self.problem is not None:
             raise SymmetricMemoryError(f"{_CALL}: {self.problem} [{self._windows.member}]")
 
     def _connect(self, problem: str | None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import random
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +35,7 @@ from tests.cpu.push_ranks import (
     random_plan,
     stream_of,
 )
-from tests.fake_cuda import INJECTED, TIMED_OUT, FakeCuda, Operation
+from tests.fake_cuda import INJECTED, TIMED_OUT, FakeCuda, Operation, driver_with
 from tests.worker_pool import WorkerPool
 
 NOT_SUPPORTED = 801  # CUDA_ERROR_NOT_SUPPORTED
@@ -456,14 +455,8 @@ def check_lacking_driver(_rank: int, _world_size: int, driver: str | None) -> No
 )
 def test_a_driver_without_a_function(tmp_path: Path, missing: str) -> None:
     present = [name for name in DRIVER_FUNCTIONS if name != missing]
-    source, library = tmp_path / "driver.cpp", tmp_path / "libcuda.so.1"
-    source.write_text("".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in present))
-    name_it = "-Wl,-soname,libcuda.so.1"
-    subprocess.run(
-        ["c++", "-shared", "-fPIC", name_it, "-o", str(library), str(source)], check=True
-    )
     with WorkerPool(1) as pool:
-        pool.run(check_lacking_driver, str(library))
+        pool.run(check_lacking_driver, str(driver_with(tmp_path, present)))
 
 
 def test_no_driver() -> None:

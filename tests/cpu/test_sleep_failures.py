@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from distcomm.errors import SleepError
 from distcomm.memory.sleep_heap import SleepFailure, SleepHeap, TagUsage
 from distcomm.native import NativeLibrary
 from tests.cpu.sleep_rig import CHUNK, FAILED, Block, Rig, can_be_read, rig
-from tests.fake_cuda import GRANULARITY, INJECTED, OUT_OF_MEMORY, on_fake_cuda
+from tests.fake_cuda import GRANULARITY, INJECTED, OUT_OF_MEMORY, driver_with, on_fake_cuda
 from tests.worker_pool import WorkerPool
 
 DRIVER_FUNCTIONS = [
@@ -446,14 +445,8 @@ def check_lacking_driver(_rank: int, _world_size: int, driver: str | None) -> No
 @pytest.mark.parametrize("missing", DRIVER_FUNCTIONS)
 def test_a_driver_without_a_function(tmp_path: Path, missing: str) -> None:
     present = [name for name in DRIVER_FUNCTIONS if name != missing]
-    source, library = tmp_path / "driver.cpp", tmp_path / "libcuda.so.1"
-    source.write_text("".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in present))
-    name_it = "-Wl,-soname,libcuda.so.1"
-    subprocess.run(
-        ["c++", "-shared", "-fPIC", name_it, "-o", str(library), str(source)], check=True
-    )
     with WorkerPool(1) as pool:
-        pool.run(check_lacking_driver, str(library))
+        pool.run(check_lacking_driver, str(driver_with(tmp_path, present)))
 
 
 def test_no_driver() -> None:

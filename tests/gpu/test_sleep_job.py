@@ -200,6 +200,27 @@ def test_graphs_keep_symmetric_memory_awake(gpus: WorkerPool, most_ranks: int):
     gpus.run(captures, fresh_init_method(), ranks=most_ranks)
 
 
+def without_channel(rank: int, world: int, method: str) -> None:
+    """A channel that never worked says why afterwards, too, and nothing stays asleep for it."""
+    with job(rank, world, method, tune="nccl") as state:
+        with mock.patch.object(PeerChannel, "_claimed", return_value="no room"):
+            assert state.tp.peer_channel() == "no room"
+        distcomm.sleep(symmetric=True, communicators=False)
+        assert "asleep" in str(state.tp.peer_channel())
+        assert distcomm.wake_up() > 0
+        assert state.tp.peer_channel() == "no room"
+        with state.tp.symmetric_memory():
+            x = torch.ones(100, device=state.device)
+        registered = state.symmetric_pool.stats()["registrations"]
+        assert distcomm.wake_up() == 0
+        assert state.symmetric_pool.stats()["registrations"] == registered
+        assert (state.tp.all_reduce(x) == world).all()
+
+
+def test_a_channel_that_never_worked(gpus: WorkerPool, most_ranks: int):
+    gpus.run(without_channel, fresh_init_method(), ranks=most_ranks)
+
+
 def closed_asleep(rank: int, world: int, method: str) -> None:
     """A job that ends asleep leaves nothing to the next one of the process."""
     with job(rank, world, method) as state:

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <iostream>
 #include <vector>
 
@@ -35,6 +36,22 @@ struct Test {
   void (*run)();
 };
 #define TEST(name) Test{#name, name}
+
+// main() of a test program, which takes [seed] [part of a test's name]: the files' tests in order.
+inline int run_tests(int argc, char** argv, const std::vector<std::vector<Test> (*)()>& files) {
+  if (argc > 1) g_seed = std::strtoul(argv[1], nullptr, 10);
+  const char* const part = argc > 2 ? argv[2] : "";
+  for (const auto tests_of_file : files) {
+    for (const Test& test : tests_of_file()) {
+      if (std::strstr(test.name, part) == nullptr) continue;
+      std::cout << test.name << std::endl;
+      g_case = 0;
+      test.run();
+    }
+  }
+  std::cout << "all passed" << std::endl;
+  return 0;
+}
 
 // The tests of each file, in the order in which they run.
 std::vector<Test> range_tests();
