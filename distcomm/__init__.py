@@ -16,6 +16,22 @@ from .context_parallel import (
     all_gather_kv,
     all_gather_kv_into_cache,
 )
+from .current import (
+    ParallelState,
+    destroy_distributed,
+    get_attn_tp_group,
+    get_cp_group,
+    get_dp_group,
+    get_ep_group,
+    get_moe_tp_group,
+    get_parallel_state,
+    get_pp_group,
+    get_tp_group,
+    get_world_group,
+    graph_capture,
+    init_distributed,
+    is_initialized,
+)
 from .errors import (
     AlreadyInitializedError,
     ArgumentError,
@@ -52,22 +68,6 @@ from .memory import (
     TagUsage,
 )
 from .nccl import NcclLibrary, PyNcclCommunicator
-from .parallel_state import (
-    ParallelState,
-    destroy_distributed,
-    get_attn_tp_group,
-    get_cp_group,
-    get_dp_group,
-    get_ep_group,
-    get_moe_tp_group,
-    get_parallel_state,
-    get_pp_group,
-    get_tp_group,
-    get_world_group,
-    graph_capture,
-    init_distributed,
-    is_initialized,
-)
 from .sleeping import SleepReport, sleep, wake_up
 from .symmetric import suspend_symmetric_memory, use_symmetric_memory
 

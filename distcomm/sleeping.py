@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from .communicators import GroupCommunicators
+from .current import get_parallel_state, is_initialized
 from .errors import ArgumentError, DistcommError, SleepError, SymmetricMismatchError
 from .memory import SleepablePool, Slept, SymmetricPool, sleepable_pools
-from .parallel_state import get_parallel_state, is_initialized
 from .sleep_steps import SleepSteps
 from .state import ParallelState
 

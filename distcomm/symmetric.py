@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from .current import get_parallel_state, is_initialized
 from .group import GroupCoordinator
 from .memory import InactiveContext, MemoryContext
-from .parallel_state import get_parallel_state, is_initialized
 
 __all__ = ["is_symmetric", "peer_pointers", "suspend_symmetric_memory", "use_symmetric_memory"]
 

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 from .. import env
+from ..current import init_distributed
 from ..errors import ArgumentError
 from ..memory import parse_num_bytes
-from ..parallel_state import init_distributed
 from .collectives import BUS_FACTORS, format_collective, run_collective
 from .conditions import write_result
 from .decode_step import format_decode_step, run_decode_step

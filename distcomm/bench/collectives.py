@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..algorithms import OF_SYMMETRIC
 from ..calibration import algorithm_calls
 from ..group import GroupCoordinator
-from ..parallel_state import ParallelState
+from ..state import ParallelState
 from ..timing import timed
 from .conditions import conditions
 from .torch_symmetric import torch_symmetric_ways

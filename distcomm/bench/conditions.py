@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..parallel_state import ParallelState
+from ..state import ParallelState
 
 __all__ = ["conditions", "links_gb_s", "write_result"]
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.functional import rms_norm, silu
 
 from ..group import GroupCoordinator
-from ..parallel_state import ParallelState
+from ..state import ParallelState
 from ..timing import CapturedCalls, slowest_medians
 from .conditions import conditions
 

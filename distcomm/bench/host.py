@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ..nccl import PyNcclCommunicator
 from ..nccl.dtypes import REDUCTION_CODES
-from ..parallel_state import ParallelState
+from ..state import ParallelState
 from .conditions import conditions
 
 __all__ = ["format_host", "run_host"]

@@ -22,7 +22,7 @@ from ..context_parallel import (
 )
 from ..group import GroupCoordinator
 from ..handles import AsyncHandle
-from ..parallel_state import ParallelState
+from ..state import ParallelState
 from ..timing import CapturedCalls, Timed, elapsed_us, slowest_medians
 from .conditions import conditions
 from .kv_ways import GatherAndIndexCopy, PadGatherCat

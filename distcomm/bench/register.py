@@ -15,7 +15,7 @@ import torch
 
 from ..memory.segment_heap import ALIGNMENT, SegmentHeap
 from ..nccl import PyNcclCommunicator
-from ..parallel_state import ParallelState
+from ..state import ParallelState
 from .conditions import conditions
 
 __all__ = ["format_register", "run_register"]

@@ -12,7 +12,7 @@ from torch.nn.functional import rms_norm
 
 from ..group import GroupCoordinator
 from ..kernels import NormedRows
-from ..parallel_state import ParallelState
+from ..state import ParallelState
 from ..timing import timed
 from .conditions import conditions
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..memory import SleepablePool
-from ..parallel_state import ParallelState
+from ..state import ParallelState
 from .conditions import conditions
 
 __all__ = ["format_sleep", "run_sleep"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..group import GroupCoordinator
-from ..parallel_state import ParallelState
+from ..state import ParallelState
 from ..timing import CapturedCalls, Timed, slowest_medians
 from .conditions import conditions
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..algorithms import ALGORITHMS
 from ..calibration import CALLS, TENSORS, measure, table_of
-from ..parallel_state import ParallelState
+from ..state import ParallelState
 from .conditions import conditions
 
 __all__ = ["format_tune", "run_tune", "write_tables"]
