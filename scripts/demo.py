@@ -8,25 +8,38 @@ python scripts/demo.py --help
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import sys
-import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 # distcomm need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Nothing here needs NumPy, and torch would warn of its absence once per rank.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+# A compiler's advice to multiply less exactly.
+warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 import torch
-from demo_model import make_weights, reference_logits
-from demo_options import InputError, Options, complain, parse_options, read_input
-from demo_parallel import CallTimer, ParallelTransformer
+from demo_collectives import CallCounts, CallTimer, collectives_table
+from demo_generate import generate, token_ids_of
+from demo_input import InputError, read_input, shared_input, split_prompts
+from demo_model import ModelWeights, make_weights, reference_generation, reference_logits
+from demo_options import Options, complain, parse_options
+from demo_parallel import ParallelTransformer, share_of_model
+from demo_report import (
+    compare_logits,
+    compare_tokens,
+    continuations,
+    prompts_table,
+    rates_text,
+    say,
+    say_what_runs,
+    step_counter,
+)
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -67,7 +80,7 @@ def _launch(options: Options, argv: Sequence[str]) -> int:
     torchrun's command would do the same, but parse `argv` as its own options too, and end in a
     traceback whenever a rank's exit code isn't 0.
     """
-    _say(f"starting {options.nproc} processes")
+    say(f"starting {options.nproc} processes")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.disable(logging.ERROR)  # the agent's: a rank has said why it failed
     config = LaunchConfig(
@@ -102,121 +115,52 @@ def _run_rank(options: Options) -> int:
         device=options.device,
         timeout=_TIMEOUT_S,
     ) as state:
-        text = _shared_input(options, state)
-        token_ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().to(state.device)
+        text = shared_input(options, state)
         weights = make_weights(options, state.device)
-        timed = CallTimer(state.device)
-        model = ParallelTransformer(options, weights, state, len(text), timed)
-        passed = None
-        if state.rank == 0:
-            _say_what_runs(options, state, model)
-        logits = model.logits(token_ids, _layer_counter(options, state.rank))
-        if logits is not None:
-            _say("\nin one process")
-            expected = reference_logits(options, weights, token_ids, _layer_counter(options))
-            _say(f"\n{_collectives_table(state, timed)}\n")
-            passed = _compare(logits, expected, token_ids, options.tolerance)
-        passed = state.world.broadcast_object(passed)
+        run = _read if options.generate is None else _generate
+        passed = state.world.broadcast_object(run(options, weights, state, text))
     return 0 if passed else _EXIT_DIFFERENT
 
 
-def _shared_input(options: Options, state: ParallelState) -> bytes:
-    """Rank 0's text, on every rank; `InputError` on every rank if there is none. Collective."""
-    found: tuple[bytes, str] = (b"", "")
+def _read(options: Options, weights: ModelWeights, state: ParallelState, text: bytes) -> bool:
+    """One pass over the text, and on rank 0 the same in one process: whether they are equal."""
+    token_ids = token_ids_of(text, state.device)
+    timed = CallTimer(state.device)
+    share = share_of_model(weights, options, state)
+    model = ParallelTransformer(options, share, state, [len(text)], timed)
     if state.rank == 0:
-        try:
-            found = (read_input(options), "")
-        except InputError as error:
-            found = (b"", str(error))
-    found = state.world.broadcast_object(found)
-    text, problem = found
-    if problem:
-        raise InputError(problem)
-    return text
+        shares = " + ".join(map(str, model.plan.tokens_per_rank))
+        what = f"{len(text)} tokens (bytes), in zigzag {shares} over the ranks of a cp group"
+        say_what_runs(options, state, f"text   {options.input.name}: {what}")
+    logits = model.logits(token_ids, step_counter("layer", options.layers, state.rank))
+    if logits is None:
+        return False  # rank 0 knows
+    say("\nin one process")
+    expected = reference_logits(options, weights, token_ids, step_counter("layer", options.layers))
+    say(f"\n{collectives_table(state.rank, CallCounts.of(state), timed)}\n")
+    return compare_logits(logits, expected, token_ids, options.tolerance)
 
 
-def _say_what_runs(options: Options, state: ParallelState, model: ParallelTransformer) -> None:
-    shares = " + ".join(map(str, model.plan.tokens_per_rank))
-    _say(
-        f"{state.describe()}\n\n"
-        f"text   {options.input.name}: {model.plan.num_tokens} tokens (bytes), in zigzag {shares} "
-        "over the ranks of a cp group\n"
-        f"model  {options.layers} layers, hidden {options.hidden}, {options.heads} heads, "
-        f"{options.kv_heads} KV heads, MLP {options.mlp}, fp32, seed {options.seed}\n\n"
-        f"over {state.world_size} processes"
-    )
-
-
-def _layer_counter(options: Options, rank: int = 0) -> Callable[[int], None]:
-    """A function to call after each layer, which says so on rank 0."""
-    start = time.perf_counter()
-
-    def on_layer(num_done: int) -> None:
-        if rank == 0:
-            elapsed_s = time.perf_counter() - start
-            _say(f"  layer {num_done} of {options.layers}  {elapsed_s:7.2f} s")
-
-    return on_layer
-
-
-def _collectives_table(state: ParallelState, timed: CallTimer) -> str:
-    """This rank's collectives on tensors, by op, group and backend."""
-    rows = [("op", "group", "backend", "calls", "bytes", "time (ms)")]
-    total_calls, total_bytes, total_ms = 0, 0, 0.0
-    for group in state.groups.values():
-        for op, backends in group.stats()["ops"].items():
-            elapsed_ms = timed.milliseconds(group.name, op)
-            total_ms += elapsed_ms
-            for backend, count in backends.items():
-                calls, num_bytes = count["calls"], count["bytes"]
-                total_calls += calls
-                total_bytes += num_bytes
-                rows.append(
-                    (op, group.name, backend, str(calls), f"{num_bytes:,}", f"{elapsed_ms:.1f}")
-                )
-    rows.append(("total", "", "", str(total_calls), f"{total_bytes:,}", f"{total_ms:.1f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        names = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-        numbers = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
-        lines.append("  ".join(names + numbers))
-    return "\n".join(
-        [
-            f"collectives of rank {state.rank} alone; bytes: of the tensors it passed in; "
-            "time: in the calls,\nwaiting for slower ranks included",
-            *lines,
-        ]
-    )
-
-
-def _compare(
-    logits: torch.Tensor, expected: torch.Tensor, token_ids: torch.Tensor, tolerance: float
-) -> bool:
-    """Says how far the logits [T, V] are from the expected ones; whether that is tolerable."""
-    difference = (logits - expected).abs().max().item()
-    num_equal = int((logits.argmax(-1) == expected.argmax(-1)).sum())
-    passed = difference <= tolerance  # false for NaN
-    _say(
-        f"equal predictions   {num_equal} of {len(expected)}\n"
-        f"loss                {_bits_per_byte(logits, token_ids):.4f} bits per byte, in one "
-        f"process {_bits_per_byte(expected, token_ids):.4f} (the weights are random)\n"
-        f"largest difference  {difference:.3g} between logits, tolerance {tolerance:g}\n"
-        f"{'OK' if passed else 'FAILED'}"
-    )
-    return passed
-
-
-def _bits_per_byte(logits: torch.Tensor, token_ids: torch.Tensor) -> float:
-    nats = torch.nn.functional.cross_entropy(logits[:-1], token_ids[1:]).item()
-    return nats / math.log(2)
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # nobody reads on, as with `| head`; the job still ends in order
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _generate(options: Options, weights: ModelWeights, state: ParallelState, text: bytes) -> bool:
+    """Continues prompts, on rank 0 also in one process: whether all tokens are the same."""
+    prompts = split_prompts(text, options)
+    timed = CallTimer(state.device)
+    if state.rank == 0:
+        say_what_runs(options, state, prompts_table(options, prompts))
+    made = generate(options, weights, state, prompts, timed)
+    if state.rank != 0:
+        return False  # rank 0 knows
+    say(rates_text(options, state, prompts, made))
+    expected = []
+    say("\nin one process")
+    count = step_counter("prompt", len(prompts))
+    for number, prompt in enumerate(prompts, start=1):
+        ids = token_ids_of(prompt, state.device)
+        expected.append(reference_generation(options, weights, ids, options.num_new))
+        count(number)
+    say(f"\n{continuations(made.tokens)}\n")
+    say(f"{collectives_table(state.rank, made.counts, timed)}\n")
+    return compare_tokens(made, expected, options)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,23 @@ from demo_options import VOCABULARY_SIZE, Options
 from torch.nn import functional
 
 __all__ = [
+    "NORM_EPSILON",
+    "KeysAndValues",
     "LayerWeights",
     "ModelWeights",
     "apply_rope",
     "causal_attention",
     "gated_mlp",
     "make_weights",
+    "reference_generation",
     "reference_logits",
     "rms_norm",
     "rope_tables",
 ]
 
+NORM_EPSILON = 1e-6
+
 _ROPE_BASE = 10_000.0
-_NORM_EPSILON = 1e-6
 _QUERY_CHUNK = 512  # query rows at a time, so that scores take [H, 512, S] and not [H, S, S]
 
 
@@ -48,6 +52,8 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
+    """The whole model, or one rank's share of it."""
+
     embedding: torch.Tensor  # [V, C]
     layers: list[LayerWeights]
     final_norm: torch.Tensor  # [C]
@@ -94,7 +100,7 @@ def make_weights(options: Options, device: torch.device) -> ModelWeights:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _NORM_EPSILON) * weight
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPSILON) * weight
 
 
 def gated_mlp(x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
@@ -151,25 +157,70 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_position: i
     return values.permute(2, 0, 1, 3).flatten(1)
 
 
+class KeysAndValues:
+    """All keys and values of one text so far, of every layer."""
+
+    def __init__(self) -> None:
+        self._of_layer: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._of_layer[0][0]) if self._of_layer else 0
+
+    def extended(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the tokens that follow, [T, K, D] each -> those of all tokens, [S, K, D]."""
+        if layer in self._of_layer:
+            k, v = (torch.cat(pair) for pair in zip(self._of_layer[layer], (k, v), strict=True))
+        self._of_layer[layer] = k, v
+        return k, v
+
+
 def reference_logits(
     options: Options,
     weights: ModelWeights,
     token_ids: torch.Tensor,
-    on_layer: Callable[[int], None],
+    on_layer: Callable[[int], None] | None = None,
+    past: KeysAndValues | None = None,
 ) -> torch.Tensor:
     """The whole model in this process, with all weights: token ids [T] -> logits [T, V].
 
-    `on_layer` is called with the number of layers done.
+    Args:
+        on_layer: called with the number of layers done.
+        past: of the tokens before these; those of these are added.
     """
-    rope = rope_tables(torch.arange(len(token_ids), device=token_ids.device), options.head_dim)
+    past = KeysAndValues() if past is None else past
+    first = past.num_tokens
+    positions = torch.arange(first, first + len(token_ids), device=token_ids.device)
+    rope = rope_tables(positions, options.head_dim)
     heads = (len(token_ids), -1, options.head_dim)
     x = weights.embedding[token_ids]
-    for number, layer in enumerate(weights.layers, start=1):
+    for number, layer in enumerate(weights.layers):
         normed = rms_norm(x, layer.attn_norm)
         q = apply_rope((normed @ layer.wq).view(heads), rope)
         k = apply_rope((normed @ layer.wk).view(heads), rope)
-        v = (normed @ layer.wv).view(heads)
-        x = x + causal_attention(q, k, v, first_position=0) @ layer.wo
+        k, v = past.extended(number, k, (normed @ layer.wv).view(heads))
+        x = x + causal_attention(q, k, v, first) @ layer.wo
         x = x + gated_mlp(rms_norm(x, layer.mlp_norm), layer)
-        on_layer(number)
+        if on_layer is not None:
+            on_layer(number + 1)
     return rms_norm(x, weights.final_norm) @ weights.lm_head
+
+
+def reference_generation(
+    options: Options, weights: ModelWeights, token_ids: torch.Tensor, num_new: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest `num_new` tokens after token ids [T], one at a time, and the logits of each.
+
+    Returns:
+        int64 [num_new], and [num_new, V].
+    """
+    past = KeysAndValues()
+    all_logits: list[torch.Tensor] = []
+    for _ in range(num_new):
+        logits = reference_logits(options, weights, token_ids, past=past)[-1]
+        all_logits.append(logits)
+        token_ids = logits.argmax(keepdim=True)
+    stacked = torch.stack(all_logits)
+    return stacked.argmax(-1), stacked

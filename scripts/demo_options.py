@@ -13,34 +13,34 @@ from typing import NoReturn
 
 from distcomm import LayoutError, ParallelLayout
 
-__all__ = ["VOCABULARY_SIZE", "InputError", "Options", "complain", "parse_options", "read_input"]
+__all__ = ["MIN_TOKENS", "VOCABULARY_SIZE", "Options", "complain", "parse_options"]
 
 VOCABULARY_SIZE = 256  # bytes
 MIN_TOKENS = 2  # one to read, one to predict
 
 _DEFAULT_INPUT = Path(__file__).resolve().parents[1] / "README.md"
 _DEFAULT_NUM_PROCESSES = 8  # on a machine without a GPU
+_DEFAULT_NUM_PROMPTS = 4
 _DESCRIPTION = """\
 Runs a small causal transformer over several processes, with its heads and MLPs split over
 tensor-parallel ranks and its text over context-parallel ranks; then runs it in one process and
-compares. Started by hand it launches itself with torchrun; it can also be started by torchrun.
+compares. With --generate it continues several prompts instead, token by token from a KV cache that
+lies spread over the context-parallel ranks. Started by hand it launches itself with torchrun; it
+can also be started by torchrun.
 """
 _EPILOG = """\
-exit codes: 0 when the results are equal within the tolerance, 1 when they aren't, 2 when the
-options or the input can't be used.
+exit codes: 0 when the results are equal, logits within the tolerance and generated tokens all; 1
+when they aren't; 2 when the options or the input can't be used.
 """
-
-
 _GRACE_S = 1.0
-
-
-class InputError(Exception):
-    """The text can't be read, or is too short."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to run, complete and checked; `nproc` is the world size under torchrun."""
+    """What to run, complete and checked; `nproc` is the world size under torchrun.
+
+    `generate` is None for one forward pass of the text; `prompts` and `compile` are for `generate`.
+    """
 
     nproc: int
     tp: int
@@ -56,6 +56,14 @@ class Options:
     input: Path
     seed: int
     tolerance: float
+    generate: int | None
+    prompts: int
+    compile: bool
+
+    @property
+    def num_new(self) -> int:
+        """Tokens to generate for each prompt."""
+        return self.generate or 0
 
     @property
     def head_dim(self) -> int:
@@ -77,6 +85,9 @@ def parse_options(argv: Sequence[str] | None, *, world_size: int | None, num_gpu
     if world_size is None and args.device == "cuda" and args.nproc > num_gpus:
         parser.error(f"--device cuda needs a GPU for each of {args.nproc} ranks; got {num_gpus}")
     _fill_in_parallel_sizes(args)
+    if args.generate is None and (args.prompts is not None or args.compile):
+        parser.error(f"--{'compile' if args.prompts is None else 'prompts'} needs --generate")
+    args.prompts = args.prompts or _DEFAULT_NUM_PROMPTS
     options = Options(**vars(args))
     try:
         layout = ParallelLayout(
@@ -89,25 +100,6 @@ def parse_options(argv: Sequence[str] | None, *, world_size: int | None, num_gpu
         if not fits:
             parser.error(problem)
     return options
-
-
-def read_input(options: Options) -> bytes:
-    """The first `max_tokens` bytes of the input file.
-
-    Raises:
-        InputError: it can't be read, or has less than two bytes.
-    """
-    try:
-        with options.input.open("rb") as file:
-            text = file.read(options.max_tokens)
-    except OSError as error:
-        raise InputError(f"--input: can't read '{options.input}': {error.strerror}") from error
-    if len(text) < MIN_TOKENS:
-        raise InputError(
-            f"--input: '{options.input}' must have at least {MIN_TOKENS} bytes, one to read and "
-            f"one to predict; got {len(text)}"
-        )
-    return text
 
 
 def complain(message: str) -> None:
@@ -133,6 +125,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(description=_DESCRIPTION, epilog=_EPILOG)
     _add_process_options(parser.add_argument_group("processes"))
     _add_model_options(parser.add_argument_group("model and text"))
+    _add_generation_options(parser.add_argument_group("generation"))
     return parser
 
 
@@ -185,6 +178,17 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         default=1e-4,
         metavar="X",
         help="how far logits may differ (default: %(default)s)",
+    )
+
+
+def _add_generation_options(group: argparse._ArgumentGroup) -> None:
+    for name, what in (
+        ("generate", "bytes to generate for each prompt; the likeliest one each time"),
+        ("prompts", f"paragraphs of the text to continue (default: {_DEFAULT_NUM_PROMPTS})"),
+    ):
+        group.add_argument(f"--{name}", type=_int_of_at_least(1), metavar="N", help=what)
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile the step that makes a token"
     )
 
 

@@ -1,62 +1,21 @@
 """The demo: it finds what it should find, and says what is wrong in one place."""
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from demo_options import Options, parse_options
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO = REPOSITORY / "scripts" / "demo.py"
-TEXT = REPOSITORY / "LICENSE"
-TIMEOUT_S = 100.0
-STOP_TIMEOUT_S = 10.0
-
-Finished = subprocess.CompletedProcess[str]
-
-
-def run(*command: object) -> Finished:
-    """Runs a Python command as a job of its own; on a timeout, nothing of it stays."""
-    of_a_job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name not in of_a_job},
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # the agent then ends its ranks, which a SIGKILL wouldn't let it
-        try:
-            process.communicate(timeout=STOP_TIMEOUT_S)
-        finally:
-            process.kill()
-        raise
-    return Finished(process.args, process.returncode, stdout, stderr)
-
-
-def run_demo(*options: object) -> Finished:
-    return run(DEMO, "--device", "cpu", "--input", TEXT, *options)
-
-
-def run_torchrun(num_processes: int, script: Path, *arguments: object) -> Finished:
-    launcher = ("-m", "torch.distributed.run", "--standalone")
-    return run(*launcher, f"--nproc-per-node={num_processes}", script, *arguments)
-
-
-def table(output: str) -> dict[tuple[str, str], list[str]]:
-    """The collectives: (op, group) -> [backend, calls, bytes, time]."""
-    lines = output.split("waiting for slower ranks included\n")[1].split("\n\n")[0].splitlines()
-    return {tuple(cells[:2]): cells[2:] for cells in map(str.split, lines[1:-1])}
-
+from tests.cpu.demo_runs import (
+    DEMO,
+    REPOSITORY,
+    TEXT,
+    Options,
+    parse_options,
+    run,
+    run_demo,
+    run_torchrun,
+    table,
+)
 
 # ---- runs -----------------------------------------------------------------------------------
 
@@ -235,6 +194,10 @@ def test_sizes_that_are_not_given(
         ("--layers 0", "argument --layers: must be an integer >= 1; got '0'"),
         ("--max-tokens 1", "argument --max-tokens: must be an integer >= 2; got '1'"),
         ("--tolerance nan", "argument --tolerance: must be a number >= 0; got 'nan'"),
+        ("--generate 0", "argument --generate: must be an integer >= 1; got '0'"),
+        ("--generate 1 --prompts 0", "argument --prompts: must be an integer >= 1; got '0'"),
+        ("--prompts 4", "--prompts needs --generate"),
+        ("--compile", "--compile needs --generate"),
         ("--device cuda", "--device cuda needs a GPU for each of 8 ranks; got 0"),
     ],
 )
