@@ -19,6 +19,7 @@ __all__ = [
     "check_distinct",
     "check_exchange",
     "check_output",
+    "check_output_kind",
     "check_peer",
     "check_shape",
     "check_sizes",
@@ -66,17 +67,7 @@ def check_output(
     member: GroupMember,
 ) -> None:
     """`output` is contiguous, of one of `shapes`, with dtype and device of `like`."""
-    if output.shape not in shapes:
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ArgumentError(
-            argument, f"of shape {wanted}", list(output.shape), call=call, member=member
-        )
-    if output.dtype != like.dtype:
-        raise ArgumentError(
-            argument, f"of dtype {like.dtype}", output.dtype, call=call, member=member
-        )
-    if output.device != like.device:
-        raise ArgumentError(argument, f"on {like.device}", output.device, call=call, member=member)
+    check_output_kind(call, argument, output, shapes, like, member)
     if not output.is_contiguous():
         raise ArgumentError(
             argument,
@@ -93,6 +84,28 @@ def check_output(
             call=call,
             member=member,
         )
+
+
+def check_output_kind(
+    call: str,
+    argument: str,
+    output: torch.Tensor,
+    shapes: Collection[tuple[int, ...]],
+    like: torch.Tensor,
+    member: GroupMember,
+) -> None:
+    """`output` is of one of `shapes`, with dtype and device of `like`."""
+    if output.shape not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ArgumentError(
+            argument, f"of shape {wanted}", list(output.shape), call=call, member=member
+        )
+    if output.dtype != like.dtype:
+        raise ArgumentError(
+            argument, f"of dtype {like.dtype}", output.dtype, call=call, member=member
+        )
+    if output.device != like.device:
+        raise ArgumentError(argument, f"on {like.device}", output.device, call=call, member=member)
 
 
 def check_distinct(call: str, argument: str, x: torch.Tensor, member: GroupMember) -> None:

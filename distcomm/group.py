@@ -5,29 +5,37 @@ Shapes: W group size, r rank_in_group, T rows of a rank; `sizes` and splits coun
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.compiler import is_compiling
 
-from .backends import Backend, TorchPgBackend
-from .checks import check_dim, check_distinct, check_shape, materialized
+from .backends import Backend, RangedTorchPgBackend, TorchPgBackend
+from .checks import check_dim, check_distinct, check_shape
 from .communicators import GroupCommunicators, JobContext
 from .errors import ArgumentError, GroupClosedError, GroupMember
+from .graph_collectives import GraphCollectives
 from .group_fused import FusedCollectives
 from .group_memory import GroupMemory
 from .group_objects import ObjectCollectives
+from .group_reductions import Reductions
 from .handles import AsyncHandle, CompletedHandle, WorkHandle
 from .nccl import PyNcclCommunicator
 from .objects import ObjectChannel
+from .outside_graphs import outside_graphs
 from .process_groups import collective_errors
 from .routing import Router
 
 __all__ = ["GroupCoordinator"]
 
+_numbers = itertools.count()  # of the groups of this process
 
-class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
+
+class GroupCoordinator(ObjectCollectives, GroupMemory, Reductions, FusedCollectives):
     """One rank's side of one group: its collectives, and what they run on.
 
     Made by `init_distributed` or `ParallelState.create_group`. Unless said otherwise, a call is
@@ -42,6 +50,8 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
 
     Attributes:
         name: the group's name.
+        unique_name: one that no other group of this process ever has; what a compiled function
+            knows the group by.
         rank: this process's global rank.
         ranks: global ranks of the group, in group order.
         world_size: number of ranks in the group.
@@ -55,6 +65,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
     ) -> None:
         self.member = member
         self.name = member.name
+        self.unique_name = f"{member.name}#{next(_numbers)}"
         self.rank = member.rank
         self.ranks = list(member.ranks)
         self.world_size = member.world_size
@@ -66,6 +77,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
         self._closed = False
         self._router = Router(member, communicators, job)
         self._route = self._router.route
+        self._in_graph = GraphCollectives(member, self.unique_name, job.call_order)
         self._prepare_memory()
 
     def __repr__(self) -> str:
@@ -118,12 +130,28 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
         """The NCCL communicator; None on CPU and in a group of one."""
         return self._communicators.pynccl
 
+    @outside_graphs
     def stats(self) -> dict[str, Any]:
-        """Counters of this rank: ``{"ops": {op: {backend: {"calls", "bytes"}}}, "fallbacks":
-        {reason: calls}, "algorithms": table, "symmetric_memory": {"contexts", "inactive": {reason:
-        contexts}, "windows"}}``. Bytes are those of the call's tensor argument; `table` says which
-        table of algorithms there is, or why none, and is None on CPU and in a group of one. Stays
-        readable after `close()`. Not collective."""
+        """Counters of this rank. Not collective; readable after `close()`, and by another thread.
+
+            {"sequence": number,
+             "ops": {op: {backend: {"calls": count, "bytes": sum, "last": number}}},
+             "fallbacks": {op: {reason: calls}},
+             "algorithms": table,
+             "symmetric_memory": {"contexts": count, "inactive": {reason: contexts},
+                                  "windows": count}}
+
+        ``sequence`` is how many collectives on tensors this rank has begun, also those that
+        failed: the same on all ranks that are in step, so that the odd one of a job that hangs has
+        another. ``last`` is what it was at the last such call. `send` and `recv` are counted but
+        don't add to it, as two ranks make them; objects and `barrier` are not counted. A gather of
+        keys and values counts once per tensor; an ``unfused`` call as itself and then as the
+        all-reduce in it. In a CUDA graph a call counts when it is captured, and not when replayed.
+
+        The backend is the algorithm where a kernel of ours has run. Bytes are those of the call's
+        tensor argument. `table` says which table of algorithms there is, or why none; None on CPU
+        and in a group of one.
+        """
         kernels = self.kernels
         return {
             **self._router.stats(),
@@ -135,95 +163,9 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
         """Ends the group's use on this rank; its communicators live on for groups that share
         them. Idempotent. Not collective."""
         self._closed = True
+        self._in_graph.close()
         self._close_memory()
         self._router.close()
-
-    # ---- reductions -------------------------------------------------------------------------
-
-    def all_reduce(
-        self, x: torch.Tensor, op: str = "sum", out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The reduction of all ranks' `x`, on every rank.
-
-        Args:
-            x: any shape, the same on all ranks. Unchanged, unless `out` is `x`.
-            op: ``sum``, ``prod``, ``max``, ``min``, or ``avg`` (floating dtypes only).
-            out: like `x`; where the result goes.
-
-        Returns:
-            `out`, or a new tensor.
-        """
-        if out is None and self._router.depends_on_output("all_reduce", x):
-            x = materialized(x)
-            out = torch.empty_like(x)
-        return self._route("all_reduce", x, out, reduction=op).all_reduce(x, op, out)
-
-    def reduce(
-        self, x: torch.Tensor, dst: int = 0, op: str = "sum", out: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
-        """The reduction of all ranks' `x` on rank `dst`; None on the others.
-
-        `op` and `out` as in `all_reduce`; `out` is looked at on `dst` alone.
-        """
-        return self._route("reduce", x).reduce(x, dst, op, out)
-
-    def reduce_scatter(self, x: torch.Tensor, dim: int = -1, op: str = "sum") -> torch.Tensor:
-        """This rank's share, along `dim`, of the reduction of all ranks' `x`.
-
-        Args:
-            x: the same shape on all ranks, divisible by W in `dim`.
-
-        Returns:
-            A new tensor: the r-th of W equal chunks of the sum along `dim`.
-        """
-        call = "reduce_scatter"
-        dim = check_dim(call, dim, x.dim(), self.member)
-        share, remainder = divmod(x.shape[dim], self.world_size)
-        if remainder:
-            raise ArgumentError(
-                "x",
-                f"divisible by the group size {self.world_size} in dim {dim}",
-                f"shape {list(x.shape)}",
-                call=call,
-                member=self.member,
-            )
-        backend = self._route(call, x, reduction=op)
-        chunks = x.unflatten(dim, (self.world_size, share)).movedim(dim, 0)
-        return backend.reduce_scatter_tensor(x.new_empty(chunks.shape[1:]), chunks, op)
-
-    def reduce_scatter_tensor(
-        self, output: torch.Tensor, input: torch.Tensor, op: str = "sum"
-    ) -> torch.Tensor:
-        """Writes this rank's share of the reduction of all ranks' `input` into `output`.
-
-        Args:
-            output: [T, ...].
-            input: [W * T, ...] or [W, T, ...].
-
-        Returns:
-            `output`.
-        """
-        backend = self._route("reduce_scatter_tensor", input, output, reduction=op)
-        return backend.reduce_scatter_tensor(output, input, op)
-
-    def reduce_scatterv(
-        self,
-        x: torch.Tensor,
-        sizes: Sequence[int],
-        out: torch.Tensor | None = None,
-        op: str = "sum",
-    ) -> torch.Tensor:
-        """This rank's share of `sizes[r]` rows of the reduction of all ranks' `x`.
-
-        Args:
-            x: [sum(sizes), ...].
-            sizes: rows of each rank's share, the same on all ranks; may be 0.
-            out: [sizes[r], ...].
-
-        Returns:
-            `out`, or a new tensor.
-        """
-        return self._route("reduce_scatterv", x).reduce_scatterv(x, sizes, out, op)
 
     # ---- data movement, any dtype -----------------------------------------------------------
 
@@ -233,6 +175,8 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
         Args:
             x: the same shape on all ranks, at least one dim.
         """
+        if is_compiling():
+            return self._in_graph.all_gather(x, dim)
         dim = check_dim("all_gather", dim, x.dim(), self.member)
         if self.world_size == 1:
             self._route("all_gather", x)
@@ -251,6 +195,8 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
         Returns:
             `output`.
         """
+        if is_compiling():
+            return self._in_graph.all_gather_into_tensor(output, input)
         backend = self._route("all_gather_into_tensor", input, output)
         return backend.all_gather_into_tensor(output, input)
 
@@ -267,8 +213,11 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
         Returns:
             `out`, or a new tensor.
         """
+        if is_compiling():
+            return self._in_graph.all_gatherv(x, sizes, out)
         return self._route("all_gatherv", x).all_gatherv(x, sizes, out)
 
+    @outside_graphs
     def cp_all_gather_into_tensor_async(
         self,
         output: torch.Tensor,
@@ -295,7 +244,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
             with torch.cuda.stream(stream):
                 backend.all_gather_into_tensor(output, input)
             return self.stream_handle(stream, (output, input))
-        if isinstance(backend, TorchPgBackend):
+        if isinstance(backend, TorchPgBackend | RangedTorchPgBackend):
             work = backend.all_gather_into_tensor_async(output, input)
             return WorkHandle(work, call, self.member, (output, input))
         backend.all_gather_into_tensor(output, input)
@@ -319,27 +268,34 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
         Returns:
             `output`.
         """
+        if is_compiling():
+            return self._in_graph.all_to_all_single(output, input, output_splits, input_splits)
         backend = self._route("all_to_all_single", input)
         return backend.all_to_all_single(output, input, output_splits, input_splits)
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Overwrites `x` with rank `src`'s; same shape and dtype on all ranks. Returns `x`."""
+        if is_compiling():
+            return self._in_graph.broadcast(x, src)
         backend = self._route("broadcast", x)
         if not x.is_contiguous():
             check_distinct("broadcast", "x", x, self.member)
         return backend.broadcast(x, src)
 
+    @outside_graphs
     def gather(self, x: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
         """All ranks' `x`, concatenated along `dim`, on rank `dst`; None on the others."""
         dim = check_dim("gather", dim, x.dim(), self.member)
         stacked = self._route("gather", x).gather(x, dst)
         return None if stacked is None else _concatenated(stacked, dim)
 
+    @outside_graphs
     def send(self, x: torch.Tensor, dst: int | None = None) -> None:
         """Sends `x` to rank `dst` (default: the next), which must call `recv`. Not collective."""
         dst = self._next_rank_in_group if dst is None else dst
         self._route("send", x).send(x, dst)
 
+    @outside_graphs
     def recv(
         self,
         shape_or_out: torch.Tensor | Sequence[int],
@@ -368,6 +324,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
             out = torch.empty(shape, dtype=dtype, device=self.device)
         return self._route("recv", out).recv(out, src)
 
+    @outside_graphs
     def barrier(self) -> None:
         """Waits on the host until all ranks have come; doesn't wait for CUDA work.
 
@@ -376,7 +333,8 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
         """
         self._refuse_if_closed("barrier")
         if self.world_size > 1:
-            with collective_errors("barrier", self.member):
+            in_range = self.profiler_range("barrier", "gloo")
+            with collective_errors("barrier", self.member), in_range:
                 self._communicators.wait_for_all()
 
     # ---- for collectives that are built on a group ------------------------------------------
@@ -397,6 +355,17 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, FusedCollectives):
     def count_fallback(self, op: str, how: str, reason: str) -> None:
         """Counts in `stats` why `op` goes another way than could be expected; logged once."""
         self._router.count_fallback(op, how, reason)
+
+    def profiler_range(
+        self, op: str, how: str, num_bytes: int | None = None
+    ) -> AbstractContextManager[object]:
+        """The profiler range of a call that no backend runs; a block that does nothing where ranges
+        are off. `op`, `how` and `num_bytes` as for `count`."""
+        return self._router.profiler_range(op, how, num_bytes)
+
+    def use_profiler_ranges(self, kind: str | None) -> None:
+        """What `ParallelState.profiler_ranges` does to this group, once `kind` is checked."""
+        self._router.use_ranges(kind)
 
     def checked_stream(self, call: str, stream: object) -> torch.cuda.Stream:
         """`stream`, if it is one of the group's device.

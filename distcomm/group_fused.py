@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import overload
 
 import torch
+from torch.compiler import is_compiling
 
 from .checks import materialized
 from .communicators import GroupCommunicators
 from .errors import ArgumentError, GroupMember
+from .graph_collectives import GraphCollectives
 from .kernels import VECTOR_BYTES, NormedRows
 from .routing import Router
 
@@ -28,6 +30,7 @@ class FusedCollectives:
     device: torch.device
     _communicators: GroupCommunicators
     _router: Router
+    _in_graph: GraphCollectives
 
     @overload
     def all_reduce_rms_norm(
@@ -77,6 +80,8 @@ class FusedCollectives:
             The normalized sum, like `x`; with `residual` also ``h``, rounded: the next residual.
         """
         self._check_norm(x, weight, residual)
+        if is_compiling():
+            return self._in_graph.all_reduce_rms_norm(x, weight, residual, eps, weight_bias)
         x2 = materialized(x).detach().reshape(-1, x.shape[-1])
         residual2 = None if residual is None else materialized(residual).detach().view_as(x2)
         rows = NormedRows(
@@ -104,13 +109,18 @@ class FusedCollectives:
         rows = _aligned(rows)
         self._router.announce(_CALL, (rows.x,), False)
         self._router.count(_CALL, algorithm, rows.x.nbytes)
-        with torch.cuda.device(self.device):
+        in_range = self._router.profiler_range(_CALL, algorithm, rows.x.nbytes)
+        with torch.cuda.device(self.device), in_range:
             kernels.norm(algorithm, rows)
         return True
 
     def _unfused(self, rows: NormedRows) -> None:
-        total = self._router.route("all_reduce", rows.x).all_reduce(rows.x).float()
         self._router.count(_CALL, "unfused", rows.x.nbytes)
+        with self._router.profiler_range(_CALL, "unfused", rows.x.nbytes):
+            self._sum_and_norm(rows)
+
+    def _sum_and_norm(self, rows: NormedRows) -> None:
+        total = self._router.route("all_reduce", rows.x).all_reduce(rows.x).float()
         if rows.residual is not None and rows.new_residual is not None:
             total = total + rows.residual.float()
             rows.new_residual.copy_(total)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import GroupMember
+from .outside_graphs import outside_graphs
 from .process_groups import collective_errors
 
 __all__ = ["AsyncHandle", "CompletedHandle", "StreamHandle", "WorkHandle"]
@@ -60,6 +61,7 @@ class StreamHandle:
         for tensor in tensors:
             tensor.record_stream(stream)
 
+    @outside_graphs
     def wait(self) -> None:
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._event)
@@ -67,6 +69,7 @@ class StreamHandle:
             self._caller.wait_event(self._event)
         self._tensors = self._symmetric = ()
 
+    @outside_graphs
     def is_completed(self) -> bool:
         return bool(self._event.query())
 
@@ -99,11 +102,13 @@ class WorkHandle:
         self._member = member
         self._tensors = tuple(tensors)
 
+    @outside_graphs
     def wait(self) -> None:
         with collective_errors(self._call, self._member):
             self._work.wait()
         self._tensors = ()
 
+    @outside_graphs
     def is_completed(self) -> bool:
         return self._work.is_completed()
 

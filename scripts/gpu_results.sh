@@ -55,7 +55,7 @@ for part in "${parts[@]}"; do
       alone sleep 120
       [[ $gpus -gt 1 ]] || continue
       for name in symmetric kv_gather host all_gather reduce_scatter all_reduce_rms_norm \
-        decode_step; do
+        decode_step compiled_step; do
         bench "$gpus" $name
       done
       result=all_gather_in_place bench "$gpus" all_gather --in-place

@@ -194,6 +194,31 @@ _WITH_TORCH = (
     ("torch symm_mem one-shot", "torch one-shot"),
     ("torch symm_mem two-shot", "torch two-shot"),
 )
+
+
+def compiled_step(name: str) -> str:
+    rows = []
+    for row in result(name)["rows"]:
+        us = row["us"]
+        graph = us["graph"]
+        compiled, by_torch = us["compiled, graph"], us["compiled, mode=reduce-overhead"]
+        rows.append(
+            [
+                f"`{row['collective']}`",
+                str(row["batch"]),
+                f"{us['plain']:,.0f}",
+                f"{graph:,.0f}",
+                f"{compiled:,.0f}",
+                f"**{graph / compiled:.3f}**",
+                f"{by_torch:,.0f}",
+                f"{graph / by_torch:.3f}",
+            ]
+        )
+    titles = ["", "batch", "without a graph, µs", "graph, µs", "compiled, µs", "ratio",
+              "compiled, graph by torch, µs", "ratio"]  # fmt: skip
+    return markdown(titles, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "all_reduce of 4": partial(collective, "all_reduce-4xh200", others=_WITH_TORCH),
     "all_reduce of 2": partial(collective, "all_reduce-2xh200", others=_WITH_TORCH),
@@ -203,6 +228,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "all_gather of 4 in place": partial(collective, "all_gather_in_place-4xh200", others=_NCCL),
     "reduce_scatter of 4": partial(collective, "reduce_scatter-4xh200", others=_NCCL),
     "all_reduce_rms_norm of 4": partial(rms_norm, "all_reduce_rms_norm-4xh200"),
+    "compiled_step of 4": partial(compiled_step, "compiled_step-4xh200"),
     "decode_step of 4": partial(decode_step, "decode_step-4xh200"),
     "sleep": partial(sleep, "sleep-h200"),
 }

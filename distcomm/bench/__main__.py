@@ -4,6 +4,7 @@ Under torchrun, one process a GPU:
 
   all_reduce, all_gather, reduce_scatter  by all our algorithms, NCCL and torch, at all sizes
   all_reduce_rms_norm                     fused, and one after another
+  compiled_step  layers of a decoder by torch.compile, in CUDA graphs
   decode_step a decoder's step, all its matrix products and all that it communicates
   host        CPU cost of a call
   kv_gather   KV gathers of context parallelism
@@ -33,6 +34,7 @@ from ..current import init_distributed
 from ..errors import ArgumentError
 from ..memory import parse_num_bytes
 from .collectives import BUS_FACTORS, format_collective, run_collective
+from .compiled_step import format_compiled_step, run_compiled_step
 from .conditions import write_result
 from .decode_step import format_decode_step, run_decode_step
 from .host import format_host, run_host
@@ -112,6 +114,7 @@ _ON_GPUS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any
     "sleep": (run_sleep, format_sleep),
     "symmetric": (run_symmetric, format_symmetric),
     "all_reduce_rms_norm": (run_rms_norm, format_rms_norm),
+    "compiled_step": (run_compiled_step, format_compiled_step),
     "decode_step": (run_decode_step, format_decode_step),
     "tune": (run_tune, format_tune),
     **{op: (partial(run_collective, op), format_collective) for op in BUS_FACTORS},

@@ -20,20 +20,29 @@ from ..state import ParallelState
 from ..timing import CapturedCalls, slowest_medians
 from .conditions import conditions
 
-__all__ = ["format_decode_step", "run_decode_step"]
+__all__ = [
+    "EPS",
+    "HIDDEN",
+    "Layer",
+    "Reduce",
+    "decoder_step",
+    "format_decode_step",
+    "make_layer",
+    "run_decode_step",
+]
 
-_HIDDEN, _INTERMEDIATE, _KV, _LAYERS = 8192, 28672, 1024, 80
+HIDDEN, _INTERMEDIATE, _KV, _LAYERS = 8192, 28672, 1024, 80
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Different weights, so that no cache holds them: some hundred MB each.
 _DISTINCT_LAYERS = 4
-_EPS = 1e-5
+EPS = 1e-5
 _MOST_ERROR = 0.03  # of two layers' result, relative; bf16 has 0.004
 REFERENCE = "torch.distributed"
 WITHOUT = "no communication"
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     qkv: torch.Tensor
     o: torch.Tensor
     gate_up: torch.Tensor
@@ -41,8 +50,8 @@ class _Layer:
     norm: torch.Tensor
 
 
-# From the partial sums and the residual to what goes on, normalized, and the next residual.
-_Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From partial sums, residual and weight to what goes on, normalized, and the next residual."""
 
 
 def run_decode_step(state: ParallelState, *, num_rounds: int = 10) -> dict[str, Any]:
@@ -56,14 +65,16 @@ def run_decode_step(state: ParallelState, *, num_rounds: int = 10) -> dict[str, 
     group = state.world
     if group.pynccl_comm is None:
         raise SystemExit("the decode_step benchmark needs a CUDA job with at least two ranks")
-    layers = [_layer(group, number) for number in range(_DISTINCT_LAYERS)]
+    layers = [make_layer(group, number) for number in range(_DISTINCT_LAYERS)]
     rows = []
     for batch in _BATCHES:
-        x = torch.randn(batch, _HIDDEN, device=group.device).bfloat16()
+        x = torch.randn(batch, HIDDEN, device=group.device).bfloat16()
         steps = {}
         wanted = None  # what the reference gives, which comes first
         for name, reduce in _ways(group).items():
-            result = _step(layers, x, reduce, num_layers=2)  # libraries warm up before a capture
+            result = decoder_step(
+                layers, x, reduce, num_layers=2
+            )  # libraries warm up before a capture
             torch.cuda.synchronize()
             wanted = result if wanted is None else wanted
             if name != WITHOUT:
@@ -101,7 +112,7 @@ def _check(name: str, result: torch.Tensor, wanted: torch.Tensor) -> None:
         raise SystemExit(f"{name}: the step's result is {float(error):.3f} off")
 
 
-def _layer(group: GroupCoordinator, seed: int) -> _Layer:
+def make_layer(group: GroupCoordinator, seed: int) -> Layer:
     generator = torch.Generator(group.device).manual_seed(seed)
     world = group.world_size
 
@@ -109,17 +120,17 @@ def _layer(group: GroupCoordinator, seed: int) -> _Layer:
         x = torch.randn(rows, columns, generator=generator, device=group.device)
         return torch.mul(x, rows**-0.5).bfloat16()
 
-    return _Layer(
-        qkv=weight(_HIDDEN, (_HIDDEN + 2 * _KV) // world),
-        o=weight(_HIDDEN // world, _HIDDEN),
-        gate_up=weight(_HIDDEN, 2 * _INTERMEDIATE // world),
-        down=weight(_INTERMEDIATE // world, _HIDDEN),
-        norm=torch.ones(_HIDDEN, dtype=torch.bfloat16, device=group.device),
+    return Layer(
+        qkv=weight(HIDDEN, (HIDDEN + 2 * _KV) // world),
+        o=weight(HIDDEN // world, HIDDEN),
+        gate_up=weight(HIDDEN, 2 * _INTERMEDIATE // world),
+        down=weight(_INTERMEDIATE // world, HIDDEN),
+        norm=torch.ones(HIDDEN, dtype=torch.bfloat16, device=group.device),
     )
 
 
-def _step(
-    layers: list[_Layer], x: torch.Tensor, reduce: _Reduce, num_layers: int = _LAYERS
+def decoder_step(
+    layers: list[Layer], x: torch.Tensor, reduce: Reduce, num_layers: int = _LAYERS
 ) -> torch.Tensor:
     residual = x
     for number in range(num_layers):
@@ -134,18 +145,22 @@ def _step(
 
 def _captured(
     group: GroupCoordinator,
-    layers: list[_Layer],
+    layers: list[Layer],
     x: torch.Tensor,
-    reduce: _Reduce,
+    reduce: Reduce,
     *,
     symmetric: bool,
 ) -> CapturedCalls:
     return CapturedCalls(
-        group, lambda: _step(layers, x, reduce), num_calls=1, num_replays=2, symmetric=symmetric
+        group,
+        lambda: decoder_step(layers, x, reduce),
+        num_calls=1,
+        num_replays=2,
+        symmetric=symmetric,
     )
 
 
-def _ways(group: GroupCoordinator) -> dict[str, _Reduce]:
+def _ways(group: GroupCoordinator) -> dict[str, Reduce]:
     nccl = group.pynccl_comm
     if nccl is None:
         raise SystemExit("no NCCL")
@@ -155,7 +170,7 @@ def _ways(group: GroupCoordinator) -> dict[str, _Reduce]:
         total: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         residual = residual + total
-        return rms_norm(residual, weight.shape, weight, _EPS), residual
+        return rms_norm(residual, weight.shape, weight, EPS), residual
 
     def by_torch(
         x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
@@ -167,8 +182,6 @@ def _ways(group: GroupCoordinator) -> dict[str, _Reduce]:
         REFERENCE: by_torch,
         "NCCL symmetric": lambda x, r, w: normed(nccl.all_reduce(x, out=x), r, w),
         "distcomm all_reduce": lambda x, r, w: normed(group.all_reduce(x), r, w),
-        "distcomm all_reduce_rms_norm": lambda x, r, w: group.all_reduce_rms_norm(
-            x, w, r, eps=_EPS
-        ),
+        "distcomm all_reduce_rms_norm": lambda x, r, w: group.all_reduce_rms_norm(x, w, r, eps=EPS),
         WITHOUT: normed,
     }

@@ -21,7 +21,7 @@ from ..nccl.dtypes import REDUCTION_CODES
 from ..state import ParallelState
 from .conditions import conditions
 
-__all__ = ["format_host", "run_host"]
+__all__ = ["format_host", "run_host", "time_batch"]
 
 _BARE = "ctypes ncclAllReduce, arguments ready"
 _PYNCCL = "PyNcclCommunicator.all_reduce(x, out=x)"
@@ -57,7 +57,7 @@ def run_host(state: ParallelState, *, num_rounds: int = 60, batch: int = 40) -> 
     rounds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(num_rounds + 5):
         for name, call in ways.items():
-            elapsed = _time_batch(call, batch)
+            elapsed = time_batch(call, batch)
             if number >= 5:  # the first rounds warm up
                 rounds[name].append(elapsed)
     medians = {name: statistics.median(times) for name, times in rounds.items()}
@@ -96,7 +96,7 @@ def _bare_call(comm: PyNcclCommunicator, x: torch.Tensor) -> Callable[[], object
     return lambda: function(pointer, pointer, count, type_code, op_code, handle, stream)
 
 
-def _time_batch(call: Callable[[], object], batch: int) -> float:
+def time_batch(call: Callable[[], object], batch: int) -> float:
     """Host microseconds a call, over `batch` calls."""
     torch.cuda.synchronize()
     start = time.perf_counter_ns()

@@ -13,6 +13,7 @@ import torch
 from ..errors import ArgumentError
 from ..group import GroupCoordinator
 from ..handles import AsyncHandle
+from ..outside_graphs import outside_graphs
 from .agreement import agree, tell_failure
 from .methods import run
 from .plan import ContextParallelPlan
@@ -32,6 +33,7 @@ class KvGather(Generic[Result]):
         self._handle = handle
         self._result = result
 
+    @outside_graphs
     def wait(self) -> Result:
         """The gathered tensor, or a tuple of several, which the current stream may use now.
 
@@ -41,6 +43,7 @@ class KvGather(Generic[Result]):
         self._handle.wait()
         return self._result
 
+    @outside_graphs
     def is_completed(self) -> bool:
         """Whether the gather has finished; never blocks."""
         return self._handle.is_completed()
@@ -111,6 +114,7 @@ def all_gather_kv(
 ) -> Gathered | KvGather[Gathered]: ...
 
 
+@outside_graphs
 def all_gather_kv(
     group: GroupCoordinator,
     plan: ContextParallelPlan,
@@ -199,6 +203,7 @@ def all_gather_kv_into_cache(
 ) -> KvGather[Gathered]: ...
 
 
+@outside_graphs
 def all_gather_kv_into_cache(
     group: GroupCoordinator,
     plan: ContextParallelPlan,

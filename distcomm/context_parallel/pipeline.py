@@ -10,6 +10,7 @@ import torch
 
 from ..errors import ArgumentError, DistcommError
 from ..group import GroupCoordinator
+from ..outside_graphs import outside_graphs
 from .gather import Gathered, KvGather, all_gather_kv
 from .plan import ContextParallelPlan
 from .request import Stream
@@ -79,6 +80,7 @@ class PipelinedKvGather:
         """How many gathers have been started and not finished."""
         return len(self._under_way)
 
+    @outside_graphs
     def start(self, plan: ContextParallelPlan, *tensors: torch.Tensor) -> None:
         """Starts a gather, after all that the current stream was given before. Collective.
 
@@ -129,6 +131,7 @@ class PipelinedKvGather:
         self._num_started += 1
         self._under_way.append(cast(KvGather[Gathered], gather))  # as there is a stream
 
+    @outside_graphs
     def finish(self) -> Gathered:
         """The result of the oldest gather under way, which the current stream may use now. Local.
 
