@@ -6,6 +6,7 @@
 | ``MASTER_ADDR``, ``MASTER_PORT`` | where the ranks meet (by torch's ``env://``) |
 | ``DISTCOMM_NCCL_SO`` | path of the libnccl to load instead of the one torch uses |
 | ``DISTCOMM_VERIFY_SYMMETRIC`` | compare every collective's buffers between ranks (1 or 0) |
+| ``DISTCOMM_PROFILER_RANGES`` | ranges around calls from the start: record_function or nvtx |
 | ``NCCL_HOSTID`` | NCCL's own: which ranks it takes to be on one host |
 """
 
@@ -19,6 +20,7 @@ __all__ = [
     "missing_meeting_point",
     "nccl_host_id",
     "nccl_library_path",
+    "profiler_ranges",
     "read_int",
     "verifies_symmetric_memory",
 ]
@@ -37,6 +39,11 @@ def nccl_host_id() -> str | None:
 def verifies_symmetric_memory() -> bool:
     """Whether ``DISTCOMM_VERIFY_SYMMETRIC`` is set, to something other than 0."""
     return bool(read_int("DISTCOMM_VERIFY_SYMMETRIC"))
+
+
+def profiler_ranges() -> str | None:
+    """The user's choice of profiler ranges (``DISTCOMM_PROFILER_RANGES``), unchecked, or None."""
+    return os.environ.get("DISTCOMM_PROFILER_RANGES") or None
 
 
 def missing_meeting_point() -> list[str]:

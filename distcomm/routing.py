@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from .backends import (
     Observer,
     OrderedBackend,
     TorchPgBackend,
+    open_range,
+    ranged,
 )
 from .communicators import GroupCommunicators, JobContext
 from .dispatch import GroupFacts, Request, choose_backend
@@ -39,26 +43,37 @@ _REDUCTIONS = (
 )  # fmt: skip
 
 
-class _Counter:
-    """How often one way was taken."""
+# Made by two ranks of a group, so that they don't number its collectives.
+_POINT_TO_POINT = ("send", "recv")
 
-    __slots__ = ("calls", "name", "num_bytes")
+# Whether there are observers, and the kind of profiler ranges: what else a backend depends on.
+_Mode = tuple[bool, str | None]
+
+_NO_RANGE = nullcontext()
+
+
+class _Counter:
+    """How often one way was taken, and the sequence number of the last time."""
+
+    __slots__ = ("calls", "last", "name", "num_bytes")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.calls = 0
         self.num_bytes = 0
+        self.last = 0
 
 
 class _Route(_Counter):
-    """The backend of one kind of call, and how often it was taken."""
+    """The backend of one kind of call, and what it adds to the sequence number."""
 
-    __slots__ = ("backend", "fallback_reason")
+    __slots__ = ("backend", "fallback_reason", "step")
 
-    def __init__(self, backend: Backend, name: str, fallback_reason: str | None) -> None:
+    def __init__(self, backend: Backend, name: str, fallback_reason: str | None, step: int) -> None:
         super().__init__(name)
         self.backend = backend
         self.fallback_reason = fallback_reason
+        self.step = step
 
 
 class Router:
@@ -79,10 +94,13 @@ class Router:
         self._pynccl = communicators.pynccl
         self._notes_captures = job.symmetric_pool is not None
         self._backends: dict[str, Backend] = {}
-        self._routes: dict[tuple[str, bool, bool, bool, str | None], _Route] = {}
+        self._routes: dict[tuple[str, bool, bool, _Mode, str | None], _Route] = {}
         self._others: dict[tuple[str, str], _Counter] = {}
         self._fallbacks: Counter[tuple[str, str]] = Counter()
         self._observers: tuple[Observer, ...] = ()
+        self._mode: _Mode = (False, None)
+        self._mode_lock = threading.Lock()  # a profiler may be started by any thread
+        self._sequence = 0
         self._closed = False
         self._stats_at_close: dict[str, Any] = {}
 
@@ -115,12 +133,13 @@ class Router:
         if on_cuda and self._notes_captures and torch._C._cuda_isCurrentStreamCapturing():
             self._communicators.note_capture(x, output)
         enabled = pynccl is not None and pynccl.enabled
-        key = (op, on_cuda, enabled, bool(self._observers), algorithm)
+        key = (op, on_cuda, enabled, self._mode, algorithm)
         route = self._routes.get(key)
         if route is None:
             route = self._routes[key] = self._resolve(*key)
         route.calls += 1
         route.num_bytes += x.nbytes
+        self._sequence = route.last = self._sequence + route.step
         return route.backend
 
     def depends_on_output(self, op: str, x: torch.Tensor) -> bool:
@@ -129,7 +148,7 @@ class Router:
         return kernels is not None and x.is_cuda and kernels.depends_on_output(_TUNED[op], x)
 
     def count(self, op: str, how: str, num_bytes: int) -> None:
-        """Counts a call that no backend runs.
+        """Counts a collective that no backend runs, before it is made.
 
         Raises:
             GroupClosedError: the group is closed.
@@ -139,6 +158,21 @@ class Router:
         counter = self._others.setdefault((op, how), _Counter(how))
         counter.calls += 1
         counter.num_bytes += num_bytes
+        self._sequence = counter.last = self._sequence + 1
+
+    def profiler_range(
+        self, op: str, how: str, num_bytes: int | None
+    ) -> AbstractContextManager[object]:
+        """A profiler range for a call that no backend runs; does nothing where there are none."""
+        kind = self._mode[1]
+        if kind is None:
+            return _NO_RANGE
+        return open_range(kind, op, self._member.name, how, num_bytes)
+
+    def use_ranges(self, kind: str | None) -> None:
+        """From now on each call is in a profiler range of this kind; None for none."""
+        with self._mode_lock:
+            self._mode = (self._mode[0], kind)
 
     def count_fallback(self, op: str, how: str, reason: str) -> None:
         """Counts why `op` goes another way than could be expected; logged once."""
@@ -152,35 +186,49 @@ class Router:
 
     def add_observer(self, observer: Observer) -> None:
         """From now on `observer` is told of every collective on the GPU before it is made."""
-        self._observers = (*self._observers, observer)
+        with self._mode_lock:
+            self._observe_by([*self._observers, observer])
 
     def remove_observer(self, observer: Observer) -> None:
         """Undoes one `add_observer`."""
-        observers = list(self._observers)
-        observers.remove(observer)
-        self._observers = tuple(observers)
+        with self._mode_lock:
+            observers = list(self._observers)
+            observers.remove(observer)
+            self._observe_by(observers)
 
     def stats(self) -> dict[str, Any]:
-        """Calls and bytes per op and backend, and how often a fallback was taken and why.
+        """Calls, bytes and sequence numbers per op and backend, and how often a fallback was taken
+        and why; see `GroupCoordinator.stats`. May be asked for by a thread that makes no calls.
 
         After `close()`, those of the time before.
         """
         if self._closed:
             return self._stats_at_close
+        routes = list(self._routes.items())  # at once, as calls may go on
+        counters: list[tuple[str, _Counter]] = [(key[0], route) for key, route in routes]
+        counters += [(key[0], counter) for key, counter in list(self._others.items())]
         ops: dict[str, dict[str, dict[str, int]]] = {}
-        counters: list[tuple[str, _Counter]] = [(key[0], c) for key, c in self._routes.items()]
-        counters += [(op, counter) for (op, _), counter in self._others.items()]
         for op, counter in counters:
-            total = ops.setdefault(op, {}).setdefault(counter.name, {"calls": 0, "bytes": 0})
+            total = ops.setdefault(op, {}).setdefault(
+                counter.name, {"calls": 0, "bytes": 0, "last": 0}
+            )
             total["calls"] += counter.calls
             total["bytes"] += counter.num_bytes
-        fallbacks: Counter[str] = Counter()
-        for (_, reason), calls in self._fallbacks.items():
-            fallbacks[reason] += calls
-        for route in self._routes.values():
-            if route.fallback_reason is not None:
-                fallbacks[route.fallback_reason] += route.calls
-        return {"ops": ops, "fallbacks": dict(fallbacks)}
+            total["last"] = max(total["last"], counter.last)
+        reasons = [(*key, calls) for key, calls in list(self._fallbacks.items())]
+        reasons += [
+            (key[0], route.fallback_reason, route.calls)
+            for key, route in routes
+            if route.fallback_reason is not None
+        ]
+        fallbacks: dict[str, Counter[str]] = {}
+        for op, reason, calls in reasons:
+            fallbacks.setdefault(op, Counter())[reason] += calls
+        return {
+            "sequence": self._sequence,
+            "ops": ops,
+            "fallbacks": {op: dict(counted) for op, counted in fallbacks.items()},
+        }
 
     def close(self) -> None:
         """Later calls raise `GroupClosedError`. Idempotent."""
@@ -194,7 +242,7 @@ class Router:
         op: str,
         on_cuda: bool,
         pynccl_enabled: bool,
-        observed: bool,
+        mode: _Mode,
         algorithm: str | None,
     ) -> _Route:
         if self._closed:
@@ -219,11 +267,18 @@ class Router:
             backend = kernels.backend(_TUNED[op], name, backend, self._member, job_device)
         elif self._job.deterministic and op in _REDUCTIONS and name != "local":
             name, backend = "ordered", OrderedBackend(backend, self._member)
+        observed, range_kind = mode
         if observed and choice.backend == "pynccl":
             backend = ObservedBackend(backend, self._tell)
+        if range_kind is not None:
+            backend = ranged(backend, range_kind, op, self._member.name, name)
         if choice.fallback_reason is not None:
             self._log_fallback(op, choice.backend, choice.fallback_reason)
-        return _Route(backend, name, choice.fallback_reason)
+        return _Route(backend, name, choice.fallback_reason, int(op not in _POINT_TO_POINT))
+
+    def _observe_by(self, observers: list[Observer]) -> None:
+        self._observers = tuple(observers)
+        self._mode = (bool(observers), self._mode[1])
 
     def _log_fallback(self, op: str, how: str, reason: str) -> None:
         logger.warning("%s: using '%s', because %s [%s]", op, how, reason, self._member)

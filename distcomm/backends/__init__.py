@@ -5,6 +5,7 @@ from .kernel import KernelBackend, KernelCollectives
 from .local import LocalBackend
 from .observed import ObservedBackend, Observer
 from .ordered import OrderedBackend
+from .ranged import RangedTorchPgBackend, check_range_kind, open_range, ranged
 from .torch_pg import TorchPgBackend
 
 __all__ = [
@@ -15,5 +16,9 @@ __all__ = [
     "OrderedBackend",
     "KernelBackend",
     "KernelCollectives",
+    "RangedTorchPgBackend",
     "TorchPgBackend",
+    "check_range_kind",
+    "open_range",
+    "ranged",
 ]

@@ -210,15 +210,25 @@ class KnownIssues:
         """Logs one line with all issues that communicators of these topologies have, and what
         is done about each; nothing when they have none. A warning if nothing is done about one.
         """
-        found = {issue.name: issue for t in topologies for issue in self._all_affecting(t)}
+        found = self._found(topologies)
         handled = all(i.action != "warn" and i.name not in self.ignored for i in found.values())
         if found:
             logger.log(
                 logging.INFO if handled else logging.WARNING,
                 "NCCL %s has known issues: %s. A newer NCCL, or ignore_known_issues, changes that.",
                 _version_text(self.version),
-                "; ".join(self._describe(found[i.name]) for i in KNOWN_ISSUES if i.name in found),
+                "; ".join(map(self._describe, found.values())),
             )
+
+    def describe(self, topologies: Iterable[Topology]) -> list[str]:
+        """A line for each issue that communicators of these topologies have, and what is done
+        about it; also for those that are ignored."""
+        return [self._describe(issue) for issue in self._found(topologies).values()]
+
+    def _found(self, topologies: Iterable[Topology]) -> dict[str, KnownIssue]:
+        """By name, in the table's order."""
+        names = {issue.name for t in topologies for issue in self._all_affecting(t)}
+        return {issue.name: issue for issue in KNOWN_ISSUES if issue.name in names}
 
     def _all_affecting(self, topology: Topology) -> Iterable[KnownIssue]:
         return (issue for issue in KNOWN_ISSUES if issue.affects(self.version, topology))
