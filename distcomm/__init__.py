@@ -5,10 +5,10 @@
 ...     y = state.tp.all_reduce(x)
 
 `init_distributed` makes a `ParallelState` with one `GroupCoordinator` per axis. Importing this
-package has no side effects.
+package does nothing but define torch's operators ``torch.ops.distcomm.*`` (`graph_ops`).
 """
 
-from . import symmetric
+from . import graph_ops, symmetric
 from .context_parallel import (
     ContextParallelPlan,
     KvGather,
@@ -31,6 +31,7 @@ from .current import (
     graph_capture,
     init_distributed,
     is_initialized,
+    profiler_ranges,
 )
 from .errors import (
     AlreadyInitializedError,
@@ -126,8 +127,10 @@ __all__ = [
     "get_tp_group",
     "get_world_group",
     "graph_capture",
+    "graph_ops",
     "init_distributed",
     "is_initialized",
+    "profiler_ranges",
     "sleep",
     "suspend_symmetric_memory",
     "symmetric",

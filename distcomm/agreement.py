@@ -5,20 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import env
 from .algorithms import load_tables
+from .backends import check_range_kind
 from .communicators import JobContext
-from .devices import CudaProbe, agreed_device_type, check_device, probe_cuda
+from .devices import CudaProbe, agreed_device_type, check_device, host_name, probe_cuda
 from .errors import InitializationError
 from .layout import ParallelLayout
 from .memory import AllocatorSettings, SymmetricPool, block_settings, parse_num_bytes
+from .mesh import describe_mesh, layout_of_mesh
 from .nccl import KnownIssues
 from .rendezvous import Launch, check_in, open_store
 
-__all__ = ["Wish", "agree_on_job"]
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["JobWish", "LayoutWish", "agree_on_job", "agree_on_layout"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,41 +35,77 @@ _AUTO_SHARE = 64  # of a small GPU's memory, one part of so many
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the caller of `init_distributed` asked for; must be the same on all ranks.
+class LayoutWish:
+    """The groups that the caller asked for, and their memory; must be the same on all ranks.
 
     Attributes:
         sizes: of tp, cp, pp, dp and ep.
         order, cp_layout: as `ParallelLayout` takes them.
-        device: ``"auto"``, ``"cuda"`` or ``"cpu"``.
         symmetric_reserve: bytes to reserve, as a number or a text, or ``"auto"``.
+        mesh: what has these groups already; `layout_of_mesh` says what it leaves to the others.
+    """
+
+    sizes: Mapping[str, int]
+    order: str = "tp-cp-pp-dp"
+    cp_layout: str = "auto"
+    symmetric_reserve: int | str = "auto"
+    mesh: DeviceMesh | None = None
+
+    def layout(self, world_size: int) -> ParallelLayout:
+        if self.mesh is not None:
+            return layout_of_mesh(self.mesh, world_size, self.sizes, self.order, self.cp_layout)
+        return ParallelLayout(world_size, **self.sizes, order=self.order, cp_layout=self.cp_layout)
+
+    def reserved_bytes(self, job: JobContext) -> int:
+        """What to reserve: on GPUs that differ, by the smallest.
+
+        Raises:
+            ArgumentError: `symmetric_reserve` is no number of bytes.
+        """
+        if self.symmetric_reserve == "auto":
+            num_bytes = min(_AUTO_RESERVE, job.gpu_memory // _AUTO_SHARE)
+        else:
+            num_bytes = self._parsed_reserve()
+        return num_bytes if job.symmetric_pool is not None and len(job.hosts) > 1 else 0
+
+    def check(self, world_size: int) -> None:
+        """Raises `LayoutError` or `ArgumentError` if it can't be had, on any rank alike."""
+        if self.symmetric_reserve != "auto":
+            self._parsed_reserve()
+        self.layout(world_size)
+
+    def as_json(self) -> dict[str, Any]:
+        # As text: a wrong value may be of a type that JSON hasn't.
+        wishes = {**self.sizes, "order": self.order, "cp_layout": self.cp_layout}
+        wishes["symmetric_reserve"] = self.symmetric_reserve
+        texts = {name: repr(value) for name, value in wishes.items()}
+        return {**texts, "mesh": describe_mesh(self.mesh)}
+
+    def _parsed_reserve(self) -> int:
+        return parse_num_bytes("symmetric_reserve", self.symmetric_reserve, "init_distributed")
+
+
+@dataclass(frozen=True)
+class JobWish:
+    """What all groups will have in common; must be the same on all ranks.
+
+    Attributes:
+        device: ``"auto"``, ``"cuda"`` or ``"cpu"``.
         ignore_known_issues: names of known issues.
         verify_symmetric: whether collectives' buffers are compared between ranks.
         tune: ``"shipped"``, ``"startup"``, ``"nccl"``, or the path of a table on rank 0's host.
         deterministic: whether reductions' bits may not depend on how much is reduced at once.
     """
 
-    sizes: dict[str, int]
-    order: str
-    cp_layout: str
     device: str
-    symmetric_reserve: int | str = "auto"
     ignore_known_issues: Collection[str] = ()
     verify_symmetric: bool = False
     tune: str = "shipped"
     deterministic: bool = False
 
-    def layout(self, world_size: int) -> ParallelLayout:
-        return ParallelLayout(world_size, **self.sizes, order=self.order, cp_layout=self.cp_layout)
-
-    def as_json(self, world_size: int) -> dict[str, Any]:
-        # As text: a wrong value may be of a type that JSON hasn't.
-        wishes = {**self.sizes, "order": self.order, "cp_layout": self.cp_layout}
+    def as_json(self) -> dict[str, Any]:
         return {
-            "world_size": world_size,
-            **{name: repr(value) for name, value in wishes.items()},
             "device": repr(self.device),
-            "symmetric_reserve": repr(self.symmetric_reserve),
             "ignore_known_issues": repr(sorted(map(str, self.ignore_known_issues))),
             "verify_symmetric": repr(self.verify_symmetric),
             "tune": repr(self.tune),
@@ -71,23 +114,14 @@ class Wish:
             "torch's allocator settings": block_settings(AllocatorSettings().current()),
         }
 
-    def reserved_bytes(self, gpu_memory: int) -> int:
-        """What to reserve on GPUs of so many bytes; of the smallest if they differ.
-
-        Raises:
-            ArgumentError: `symmetric_reserve` is no number of bytes.
-        """
-        if self.symmetric_reserve == "auto":
-            return min(_AUTO_RESERVE, gpu_memory // _AUTO_SHARE)
-        return parse_num_bytes("symmetric_reserve", self.symmetric_reserve, "init_distributed")
-
 
 def agree_on_job(
-    wish: Wish, launch: Launch, timeout_s: float
-) -> tuple[ParallelLayout, JobContext, int]:
-    """The layout, what all groups will share, and the bytes of symmetric memory to reserve.
+    wish: JobWish, launch: Launch, timeout_s: float, layout: LayoutWish | None = None
+) -> JobContext:
+    """What all groups will share. Collective among all ranks.
 
-    Collective among all ranks.
+    Args:
+        layout: the groups, if they are to be made at once: agreed on, too.
 
     Raises:
         InitializationError: a rank failed, didn't come, or wishes something else; raised on
@@ -95,26 +129,92 @@ def agree_on_job(
     """
     store = open_store(launch, timeout_s)
     local_rank = launch.rank if launch.local_rank is None else launch.local_rank
+    ranges = env.profiler_ranges()
     probe = CudaProbe()
     tables: list[dict[str, Any]] = []
     problem: Exception | None = None
     try:
         check_device(wish.device, launch.rank)
-        wish.reserved_bytes(0)
         KnownIssues(0, wish.ignore_known_issues)
         if launch.rank == 0:
             tables = load_tables(wish.tune)
-        layout = wish.layout(launch.world_size)
+        if layout is not None:
+            layout.check(launch.world_size)
+        check_range_kind(ranges, "DISTCOMM_PROFILER_RANGES", "init_distributed")
         if wish.device != "cpu":
             probe = probe_cuda(local_rank)
     except Exception as error:  # noqa: BLE001 - whatever it is, all ranks are told
         problem = error
+    reports = _compared(
+        store,
+        launch,
+        {**probe.as_json(), "host": host_name(), "tables": tables},
+        {**({} if layout is None else layout.as_json()), **wish.as_json()},
+        problem,
+        timeout_s,
+    )
+    device_type, problems = agreed_device_type(wish.device, reports, launch.rank)
+    if launch.rank == 0:
+        _log_device(wish, problems)
+    common: dict[str, Any] = {
+        "hosts": [report["host"] for report in reports],
+        "deterministic": wish.deterministic,
+        "profiler_ranges": ranges,
+    }
+    if device_type == "cpu":
+        return JobContext(torch.device("cpu"), local_rank, store, timeout_s, None, **common)
+    torch.cuda.set_device(probe.device_index)
+    device = torch.device("cuda", probe.device_index)
+    return JobContext(
+        device,
+        local_rank,
+        store,
+        timeout_s,
+        probe.nccl,
+        gpu_memory=min(report["memory"] for report in reports),
+        gpu_names=[report["gpu_name"] for report in reports],
+        tune=wish.tune,
+        tables=reports[0]["tables"],
+        **common,
+        **_nccl_options(wish, probe, reports),
+    )
+
+
+def agree_on_layout(
+    wish: LayoutWish, launch: Launch, store: Store, problem: Exception | None, timeout_s: float
+) -> None:
+    """All ranks wish the same groups, which can be made, or all raise. Collective.
+
+    Args:
+        store: where they meet, for this and nothing else.
+        problem: why this rank can't make groups now; None if it can.
+
+    Raises:
+        InitializationError: a rank failed, didn't come, or wishes something else; raised on
+            every rank. A rank that failed by itself raises its own error instead.
+    """
     try:
-        reports = check_in(
+        wish.check(launch.world_size)
+    except Exception as error:  # noqa: BLE001 - whatever it is, all ranks are told
+        problem = problem or error
+    _compared(store, launch, {}, wish.as_json(), problem, timeout_s)
+
+
+def _compared(
+    store: Store,
+    launch: Launch,
+    report: Mapping[str, Any],
+    wishes: Mapping[str, Any],
+    problem: Exception | None,
+    timeout_s: float,
+) -> list[dict[str, Any]]:
+    """All ranks' reports, if all wish the same and none has a problem."""
+    try:
+        return check_in(
             store,
             launch,
-            report={**probe.as_json(), "tables": tables},
-            must_agree=wish.as_json(launch.world_size),
+            report=report,
+            must_agree={"world_size": launch.world_size, **wishes},
             failure=None if problem is None else str(problem),
             timeout_s=timeout_s,
         )
@@ -122,39 +222,10 @@ def agree_on_job(
         if problem is not None:
             raise problem from None
         raise
-    device_type, problems = agreed_device_type(wish.device, reports, launch.rank)
-    if launch.rank == 0:
-        _log_choices(layout, wish, problems)
-    if device_type == "cpu":
-        job = JobContext(
-            torch.device("cpu"),
-            local_rank,
-            store,
-            timeout_s,
-            None,
-            deterministic=wish.deterministic,
-        )
-        return layout, job, 0
-    torch.cuda.set_device(probe.device_index)
-    job = JobContext(
-        torch.device("cuda", probe.device_index),
-        local_rank,
-        store,
-        timeout_s,
-        probe.nccl,
-        hosts=[report["host"] for report in reports],
-        tune=wish.tune,
-        tables=reports[0]["tables"],
-        deterministic=wish.deterministic,
-        **_nccl_options(wish, probe, reports),
-    )
-    has_pool = job.symmetric_pool is not None and launch.world_size > 1
-    num_bytes = wish.reserved_bytes(min(report["memory"] for report in reports))
-    return layout, job, num_bytes if has_pool else 0
 
 
 def _nccl_options(
-    wish: Wish, probe: CudaProbe, reports: Sequence[Mapping[str, Any]]
+    wish: JobWish, probe: CudaProbe, reports: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """What a job has because it runs on NCCL; a pool on all ranks or on none."""
     if probe.nccl is None or probe.native is None:
@@ -172,9 +243,7 @@ def _nccl_options(
     return options
 
 
-def _log_choices(layout: ParallelLayout, wish: Wish, problems: dict[int, str]) -> None:
-    if wish.cp_layout == "auto" and layout.cp > 1:
-        logger.info("cp_layout='auto' is %s for %d ranks", layout.cp_layout, layout.world_size)
+def _log_device(wish: JobWish, problems: dict[int, str]) -> None:
     if problems and wish.device == "auto":
         rank, problem = next(iter(problems.items()))
         logger.info(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from .backends import KernelCollectives
+from .call_order import CallOrder
 from .errors import GroupClosedError, GroupMember
 from .memory import ASLEEP, GroupWindows, PeerChannel, SymmetricPool
 from .nccl import (
@@ -46,12 +48,16 @@ class JobContext:
         timeout_s: bound of every wait.
         nccl: the NCCL library; None in a CPU job.
         hosts: of each global rank, what NCCL takes for its host.
+        gpu_memory: bytes of the smallest GPU of the job.
+        gpu_names: of each global rank, its GPU's; none in a CPU job.
         issues: the known issues of that NCCL; None in a CPU job.
         symmetric_pool: this process's; None where there can't be one.
         no_symmetric: why there can't be one; the same on all ranks.
         verifies_symmetric: whether every collective's buffers are compared between ranks.
         tune, tables: which tables of algorithms there are, as `table_for` takes them; rank 0's.
         deterministic: whether reductions' bits may not depend on how much is reduced at once.
+        profiler_ranges: the kind of ranges around calls at first; None for none. This rank's.
+        call_order: what keeps collectives in compiled functions in their order.
     """
 
     device: torch.device
@@ -60,6 +66,8 @@ class JobContext:
     timeout_s: float
     nccl: NcclLibrary | None
     hosts: Sequence[str] = ()
+    gpu_memory: int = 0
+    gpu_names: Sequence[str] = ()
     issues: KnownIssues | None = None
     symmetric_pool: SymmetricPool | None = None
     no_symmetric: str = "the job runs on CPU"
@@ -67,6 +75,11 @@ class JobContext:
     tune: str = "shipped"
     tables: Sequence[Mapping[str, Any]] = ()
     deterministic: bool = False
+    profiler_ranges: str | None = None
+    call_order: CallOrder = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "call_order", CallOrder(self.device))
 
     def topology(self, ranks: Sequence[int]) -> Topology:
         """Where the ranks of a group are."""
@@ -105,7 +118,9 @@ class GroupCommunicators:
         self._owned: list[dist.ProcessGroup] = []
         self._cpu_group = cpu_group
         self._device_group: dist.ProcessGroup | None = None
+        self._adopted: dist.ProcessGroup | None = None
         self._closed = False
+        self._num_captures: Counter[str] = Counter()
         self.pynccl: PyNcclCommunicator | None = None
         self.windows: GroupWindows | None = None
         self.channel: PeerChannel | str | None = None
@@ -151,11 +166,17 @@ class GroupCommunicators:
         if self._job.device.type == "cpu":
             return self.cpu_group
         if self._device_group is None:
-            group = self._create("nccl")
-            # Connects all ranks now: torch's point-to-point calls would connect two of them.
-            dist.all_reduce(torch.ones(1, device=self._job.device), group=group)
+            group = self._adopted or self._create("nccl")
+            if self._member.world_size > 1:
+                # Connects all ranks now: torch's point-to-point calls would connect two of them.
+                dist.all_reduce(torch.ones(1, device=self._job.device), group=group)
             self._device_group = group
         return self._device_group
+
+    def adopt_device_group(self, group: dist.ProcessGroup) -> None:
+        """Takes the caller's NCCL process group of these ranks for the `device_group` of a CUDA
+        job. It isn't destroyed here. Local."""
+        self._adopted = group
 
     def wait_for_all(self) -> None:
         """Waits on the host until all ranks have come. Collective.
@@ -174,6 +195,19 @@ class GroupCommunicators:
             self._member = replace(self._member, name="/".join([*names, name]))
             if self.pynccl is not None:
                 self.pynccl.member = self._member
+
+    def no_longer_serve(self, name: str) -> None:
+        """Undoes `serve`, unless it is the only one."""
+        names = [each for each in self._member.name.split("/") if each != name]
+        if names:
+            self._member = replace(self._member, name="/".join(names))
+            if self.pynccl is not None:
+                self.pynccl.member = self._member
+
+    def next_capture(self, name: str) -> int:
+        """Counts a capture of the group `name`, also if there was another one of that name."""
+        self._num_captures[name] += 1
+        return self._num_captures[name]
 
     def note_capture(self, *tensors: torch.Tensor | None) -> None:
         """A CUDA graph captures a collective of these tensors, whose windows have to stay then."""
@@ -290,7 +324,7 @@ class GroupCommunicators:
                 )
         # A process group ends its threads when the last reference goes. One that outlives this
         # one, say in a traceback, would still have them when the interpreter shuts down.
-        self._cpu_group = self._device_group = None
+        self._cpu_group = self._device_group = self._adopted = None
 
     def _destroy(self, group: dist.ProcessGroup) -> None:
         if self._job.device.type == "cuda":

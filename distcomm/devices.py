@@ -16,7 +16,7 @@ from .memory import next_ordinal_of_device
 from .native import NativeNccl
 from .nccl import NcclLibrary
 
-__all__ = ["CudaProbe", "agreed_device_type", "check_device", "probe_cuda"]
+__all__ = ["CudaProbe", "agreed_device_type", "check_device", "host_name", "probe_cuda"]
 
 _DEVICES = ("auto", "cuda", "cpu")
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -33,7 +33,7 @@ class CudaProbe:
         nccl: the NCCL library.
         native: the C++ library's binding to it.
         memory: bytes of its GPU.
-        host: what NCCL takes for this process's host.
+        gpu_name: what CUDA calls its GPU.
     """
 
     problem: str | None = None
@@ -42,7 +42,7 @@ class CudaProbe:
     nccl: NcclLibrary | None = None
     native: NativeNccl | None = None
     memory: int = 0
-    host: str = ""
+    gpu_name: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """What the other ranks need to know."""
@@ -56,7 +56,7 @@ class CudaProbe:
             "nccl_version": version,
             "windows": self._has_windows(),
             "memory": self.memory,
-            "host": self.host,
+            "gpu_name": self.gpu_name,
             "segment_ordinal": ordinal,
         }
 
@@ -84,12 +84,13 @@ def probe_cuda(local_rank: int) -> CudaProbe:
         nccl = NcclLibrary()
         native = NativeNccl(nccl.path)
         uuid, memory = str(properties.uuid), properties.total_memory
-        return CudaProbe(None, index, uuid, nccl, native, memory, _host())
+        return CudaProbe(None, index, uuid, nccl, native, memory, properties.name)
     except RuntimeError as error:
         return CudaProbe(str(error))
 
 
-def _host() -> str:
+def host_name() -> str:
+    """What NCCL takes for this process's host."""
     boot_id = Path(_BOOT_ID)
     boot = boot_id.read_text().strip() if boot_id.exists() else ""
     return env.nccl_host_id() or f"{socket.gethostname()}/{boot}"

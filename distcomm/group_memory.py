@@ -37,6 +37,7 @@ from .memory import (
     placement_check,
 )
 from .objects import ObjectChannel
+from .outside_graphs import outside_graphs
 from .routing import Router
 
 __all__ = ["CHANNEL_BYTES", "GraphCapture", "GroupMemory", "capture_stream"]
@@ -73,7 +74,7 @@ class GroupMemory:
     def _prepare_memory(self) -> None:
         self._symmetric_counters: Counter[str] = Counter()
         self._inactive: Counter[str] = Counter()
-        self._num_captures = 0
+        self._capture_number = 0
         self._memory_closed = False
         self._kept_for_graphs: dict[int, torch.Tensor] = {}
         self._parked_handles: list[StreamHandle] = []
@@ -82,6 +83,7 @@ class GroupMemory:
             channel = ObjectChannel(self.member, self._communicators.cpu_group)
             self._router.add_observer(placement_check(windows, self.member.name, channel))
 
+    @outside_graphs
     def symmetric_memory(self, enabled: bool = True) -> MemoryContext:
         """A ``with`` block whose new CUDA tensors are symmetric: NCCL reads peers' directly.
 
@@ -108,11 +110,13 @@ class GroupMemory:
             return InactiveContext(self._why_inactive(enabled), self._inactive)
         return SymmetricMemoryContext(pool, windows, self._symmetric_counters)
 
+    @outside_graphs
     def is_symmetric(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` lies in memory that NCCL has a window of, for this group. Local."""
         windows = self._communicators.windows
         return windows is not None and windows.is_symmetric(tensor)
 
+    @outside_graphs
     def peer_pointers(self, tensor: torch.Tensor) -> list[int | None]:
         """The addresses of `tensor`'s first byte on every rank, in group order. Local.
 
@@ -138,11 +142,13 @@ class GroupMemory:
             )
         return pointers
 
+    @outside_graphs
     def suspend_symmetric_memory(self) -> MemoryContext:
         """A ``with`` block whose new tensors are ordinary memory, whatever contexts it is in."""
         pool = self._job.symmetric_pool
         return InactiveContext() if pool is None else SuspendedContext(pool)
 
+    @outside_graphs
     def placement(self, tensor: torch.Tensor) -> tuple[int, int] | None:
         """The segment that `tensor` begins in, and the offset there; the same on all ranks if they
         have allocated the same. None if it isn't symmetric for this group. Local."""
@@ -233,6 +239,7 @@ class GroupMemory:
         """
         self._router.announce(op, tensors, True)
 
+    @outside_graphs
     @contextmanager
     def graph_capture(
         self, stream: torch.cuda.Stream | None = None, *, symmetric: bool = False
@@ -275,7 +282,7 @@ class GroupMemory:
 
     def count_capture(self) -> None:
         """To be called before `capturing`, and before anything that may fail on a rank alone."""
-        self._num_captures += 1
+        self._capture_number = self._communicators.next_capture(self.member.name)
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -285,7 +292,7 @@ class GroupMemory:
             with comm.change_state(enable=True) if comm is not None else nullcontext():
                 yield
             return
-        store = self._communicators.meeting_store(f"{self.member.name}/{self._num_captures}")
+        store = self._communicators.meeting_store(f"{self.member.name}/{self._capture_number}")
         log = CaptureLog(windows, self.member.name, store, self._job.timeout_s)
         self._router.add_observer(log.observe)
         try:
@@ -363,6 +370,11 @@ class GroupMemory:
             "windows": 0 if windows is None else windows.num_windows,
         }
 
+    @property
+    def why_not_symmetric(self) -> str | None:
+        """Why `symmetric_memory` does nothing here; None where it does. Local."""
+        return self._why_inactive(True) or None
+
     def _why_inactive(self, enabled: bool) -> str:
         windows = self._communicators.windows
         if not enabled:
@@ -388,8 +400,8 @@ def capture_stream(
         )
     stream = torch.cuda.Stream(job.device) if stream is None else stream
     pool = job.symmetric_pool if symmetric else None
-    if pool is not None and pool.asleep:
-        pool = None
+    if pool is not None and (pool.asleep or len(job.hosts) == 1):
+        pool = None  # asleep, or there are no peers and nothing is reserved
     number, graph_pool = (0, None) if pool is None else pool.routing.open_graph_pool()
     current = torch.cuda.current_stream(job.device)
     stream.wait_stream(current)

@@ -8,19 +8,24 @@ that rank alone, whatever the size of the world.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeGuard
 
 from .errors import LayoutError
 
-__all__ = ["AXES", "ParallelLayout"]
+__all__ = ["AXES", "ParallelLayout", "format_ranks"]
 
 AXES = ("tp", "cp", "attn_tp", "pp", "dp", "ep", "moe_tp")
 """Every axis that has groups. tp, cp, pp, dp and ep are given; attn_tp and moe_tp follow."""
 
 _SIZES = ("tp", "cp", "pp", "dp", "ep")
-_DIMENSIONS = {"inside_tp": ("tp", "pp", "dp"), "beside_tp": ("tp", "cp", "pp", "dp")}
+_DIMENSIONS = {
+    "inside_tp": ("tp", "pp", "dp"),
+    "beside_tp": ("tp", "cp", "pp", "dp"),
+    "adjacent_in_tp": ("tp", "pp", "dp"),
+}
+_AUTOMATIC = ("inside_tp", "beside_tp")
 _MAX_RANKS_PER_NODE = 8  # of the launches that errors suggest
 _MAX_RANKS_SHOWN = 4  # of one group in the table
 _MAX_GROUPS_SHOWN = 4  # of one axis in the table
@@ -94,8 +99,9 @@ class ParallelLayout:
         cp_layout: ``"inside_tp"``: world_size = tp·pp·dp; attn_tp = tp / cp ranks are contiguous
             in the tp group, and cp groups are strided by attn_tp. ``"beside_tp"``:
             world_size = tp·cp·pp·dp, and attn_tp groups are the tp groups. ``"auto"`` becomes
-            the one whose product is the world size, ``"inside_tp"`` if cp is 1. The attribute is
-            never ``"auto"``.
+            the one of these two whose product is the world size, ``"inside_tp"`` if cp is 1. The
+            attribute is never ``"auto"``. ``"adjacent_in_tp"``: as ``"inside_tp"``, the other way
+            round: cp groups are contiguous, and attn_tp groups are strided by cp.
 
     Raises:
         LayoutError: the sizes don't fit together or don't fit the world size. The message has
@@ -192,14 +198,14 @@ class ParallelLayout:
             raise self._misfit(f"ep must divide tp = {self.tp}; got {self.ep}")
 
     def _resolved_cp_layout(self) -> str:
-        allowed = [name for name in _DIMENSIONS if self.cp_layout in ("auto", name)]
+        allowed = _AUTOMATIC if self.cp_layout == "auto" else (self.cp_layout,)
         num_ranks = {name: _num_ranks(name, self._sizes()) for name in allowed}
         fitting = [name for name in allowed if num_ranks[name] == self.world_size]
         if not fitting:
             wanted = " or ".join(f"{_formula(n)} = {num_ranks[n]} ({n})" for n in allowed)
             raise self._misfit(f"world_size must be {wanted}; got {self.world_size}")
-        if fitting[0] == "inside_tp" and self.tp % self.cp:
-            raise self._misfit(f"cp must divide tp = {self.tp} for inside_tp; got {self.cp}")
+        if fitting[0] != "beside_tp" and self.tp % self.cp:
+            raise self._misfit(f"cp must divide tp = {self.tp} for {fitting[0]}; got {self.cp}")
         return fitting[0]
 
     def _strided_axes(self) -> dict[str, _Axis]:
@@ -210,6 +216,8 @@ class ParallelLayout:
                 stride *= axes[name].size
         if self.cp_layout == "inside_tp":
             axes["attn_tp"], axes["cp"] = axes["tp"].split(self.tp // self.cp)
+        elif self.cp_layout == "adjacent_in_tp":
+            axes["cp"], axes["attn_tp"] = axes["tp"].split(self.cp)
         else:
             axes["attn_tp"] = axes["tp"]
         axes["moe_tp"], axes["ep"] = axes["tp"].split(self.tp // self.ep)
@@ -240,9 +248,10 @@ class ParallelLayout:
 
     def _distinct_cp_layouts(self) -> Iterable[str]:
         """For cp = 1 both are the same."""
-        if self.cp != 1:
-            return _DIMENSIONS
-        return ["beside_tp" if self.cp_layout == "beside_tp" else "inside_tp"]
+        given = self.cp_layout if self.cp_layout in (*_DIMENSIONS,) else "inside_tp"
+        if self.cp == 1:
+            return [given]
+        return _AUTOMATIC if given in _AUTOMATIC else [given, "beside_tp"]
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -259,7 +268,7 @@ def _num_ranks(cp_layout: str, sizes: Mapping[str, int]) -> int:
 
 def _nearest_valid_sizes(cp_layout: str, given: Mapping[str, int]) -> dict[str, int]:
     sizes = {name: size if _is_size(size) else 1 for name, size in given.items()}
-    divisors_needed = ("ep", "cp") if cp_layout == "inside_tp" else ("ep",)
+    divisors_needed = ("ep",) if cp_layout == "beside_tp" else ("ep", "cp")
     for name in divisors_needed:
         sizes[name] = _nearest_divisor(sizes["tp"], sizes[name])
     return sizes
@@ -289,13 +298,19 @@ def _format_launch(cp_layout: str, num_ranks: int, changes: list[str]) -> str:
 
 def _format_groups(axis: _Axis, count: int) -> str:
     if count <= _MAX_GROUPS_SHOWN:
-        return " ".join(_format_group(axis.group_at(i)) for i in range(count))
-    head = [_format_group(axis.group_at(i)) for i in range(_MAX_GROUPS_SHOWN - 1)]
-    return " ".join([*head, "...", _format_group(axis.group_at(count - 1))])
+        return " ".join(format_ranks(axis.group_at(i)) for i in range(count))
+    head = [format_ranks(axis.group_at(i)) for i in range(_MAX_GROUPS_SHOWN - 1)]
+    return " ".join([*head, "...", format_ranks(axis.group_at(count - 1))])
 
 
-def _format_group(ranks: range) -> str:
-    if len(ranks) > 2 and ranks.step == 1:
+def format_ranks(ranks: Sequence[int]) -> str:
+    """The ranks of a group, shortened: ``[0..7]``, ``[0,4]`` or ``[0,4,..,28]``."""
+    neighbours = range(ranks[0], ranks[0] + len(ranks))
+    if isinstance(ranks, range):  # compared without listing it
+        are_neighbours = ranks == neighbours
+    else:
+        are_neighbours = tuple(ranks) == tuple(neighbours)
+    if len(ranks) > 2 and are_neighbours:
         return f"[{ranks[0]}..{ranks[-1]}]"
     if len(ranks) <= _MAX_RANKS_SHOWN:
         return f"[{','.join(map(str, ranks))}]"

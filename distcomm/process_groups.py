@@ -103,8 +103,12 @@ def destroy_process_group(group: dist.ProcessGroup) -> None:
     Waits for CUDA graphs that have captured what NCCL does in it, however long they live.
     """
     # When the caller's default group has gone already, torch has destroyed ours with it.
-    if group in c10d._world.pg_map:
+    world = c10d._world
+    if group in world.pg_map:
+        tag = world.pg_to_tag.get(group, "")
         dist.destroy_process_group(group)
+        if not world.tags_to_pg.get(tag, True):  # torch leaves an empty list for each group
+            del world.tags_to_pg[tag]
 
 
 def forget_process_group(group: dist.ProcessGroup) -> None:

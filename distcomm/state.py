@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.device_mesh import DeviceMesh
 
-from .algorithms import AlgorithmTable
-from .backends import KernelCollectives
-from .calibration import calibrate
+from .agreement import LayoutWish, agree_on_layout
 from .communicators import GroupCommunicators, JobContext
+from .describe import describe_job
 from .errors import (
+    AlreadyInitializedError,
     ArgumentError,
     DistcommError,
     GroupClosedError,
     GroupMember,
     InitializationError,
+    NotInitializedError,
     SleepError,
 )
 from .group import GroupCoordinator
-from .group_memory import CHANNEL_BYTES, GraphCapture, capture_stream
-from .kernels import MOST_RANKS
-from .layout import ParallelLayout
+from .group_memory import GraphCapture, capture_stream
+from .job_groups import JobGroups
+from .layout import AXES, ParallelLayout
 from .memory import ASLEEP, MemoryContext, SymmetricPool
-from .process_groups import (
-    collective_errors,
-    create_default_process_group,
-    destroy_default_process_group,
-)
-from .rendezvous import Launch, pass_stage
+from .mesh import make_device_mesh
+from .process_groups import collective_errors, destroy_default_process_group
+from .rendezvous import Launch
 from .sleep_steps import SleepSteps
 from .waiting import run_bounded
 
@@ -42,23 +41,27 @@ __all__ = ["ParallelState"]
 
 logger = logging.getLogger(__name__)
 
-# gloo tries this much longer than its timeout to connect to a rank that has failed.
-_GIVING_UP_S = 10.0
+_LAID_OUT = ("layout", *AXES)
 
 
 class ParallelState:
     """All groups of this rank. Made by `init_distributed`; a context manager that closes them.
+
+    It begins with the group of all ranks; `lay_out` makes the others. Until then, and after
+    `clear_layout`, asking for them or for `layout` raises `NotInitializedError`.
 
     Groups of the same ranks share their communicators; each has its own name and counters.
 
     Attributes:
         layout: which ranks form which groups.
         rank, world_size, local_rank, device: this process's place.
+        hosts: of each global rank, a name of the host that it is on.
         world, tp, cp, attn_tp, pp, dp, ep, moe_tp: the groups.
         symmetric_pool: this process's symmetric memory; None where there can't be any.
         sleep_steps: how the ranks fall asleep and wake up in step.
     """
 
+    layout: ParallelLayout
     world: GroupCoordinator
     tp: GroupCoordinator
     cp: GroupCoordinator
@@ -68,42 +71,94 @@ class ParallelState:
     ep: GroupCoordinator
     moe_tp: GroupCoordinator
 
-    def __init__(
-        self, layout: ParallelLayout, launch: Launch, job: JobContext, reserved_bytes: int = 0
-    ) -> None:
-        self.layout = layout
+    def __init__(self, launch: Launch, job: JobContext) -> None:
+        """Makes the group of all ranks. Collective among all ranks of the job."""
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.local_rank = job.local_rank
         self.device = job.device
+        self.hosts = tuple(job.hosts)
         self.symmetric_pool: SymmetricPool | None = job.symmetric_pool
         self.sleep_steps = SleepSteps(
             c10d.PrefixStore("sleep", job.store), launch.rank, launch.world_size, job.timeout_s
         )
         self._job = job
-        self._groups: dict[str, GroupCoordinator] = {}
-        self._communicators: dict[tuple[int, ...], GroupCommunicators] = {}
         self._launch = launch
-        self._owns_default_group = launch.init_method is not None
-        self._reserved_bytes = reserved_bytes
-        self._uses_kernels = job.tune != "nccl"
-        self._tables: dict[int, AlgorithmTable] = {}  # measured ones, by group size
-        self._built = False
+        self._groups = JobGroups(launch, job)
         self._closed = False
         atexit.register(self._leave)
         try:
-            self._build_groups()
-            self._built = True
-            self._reserve(reserved_bytes)
-            self._enable_kernels()
-            self._calibrate(self._groups.values())
-            self._log_known_issues()
-        except RuntimeError as error:
+            with self._building():
+                self.world = self._groups.make_world()
+        except DistcommError:
             self.close()
-            if isinstance(error, DistcommError):
-                raise
-            what = "building the process groups failed"
-            raise InitializationError(what, {self.rank: str(error)}, rank=self.rank) from error
+            raise
+
+    def lay_out(
+        self, wish: LayoutWish, *, agreed: bool = False, problem: DistcommError | None = None
+    ) -> None:
+        """Makes the groups of all axes. Collective among all ranks of the job: on all, or on none.
+
+        Symmetric memory that an earlier layout has reserved is used again; what is missing is
+        reserved.
+
+        Args:
+            wish: the same on all ranks.
+            agreed: whether they have compared it already.
+            problem: what is wrong with the wish on this rank: raised here, and the others are told.
+
+        Raises:
+            AlreadyInitializedError: there is a layout; see `clear_layout`.
+            GroupClosedError: the state is closed.
+            LayoutError, ArgumentError: the wish can't be had.
+            SleepError: the symmetric memory is asleep, or the GPU doesn't come to an end with what
+                an earlier layout was given.
+            InitializationError: any rank failed, didn't come, or wishes something else. It is
+                raised on every rank and names the ranks.
+        """
+        if self._closed:
+            raise GroupClosedError(f"lay_out: the state is closed [rank {self.rank}]")
+        if self.is_laid_out:
+            raise AlreadyInitializedError(
+                f"there are groups already: call destroy_model_parallel() first [rank {self.rank}]"
+            )
+        store = self._groups.begin_layout()
+        if not agreed:
+            problem = self._why_not_now() or problem
+            agree_on_layout(wish, self._launch, store, problem, self._job.timeout_s)
+        layout = wish.layout(self.world_size)
+        if self.rank == 0 and wish.cp_layout == "auto" and layout.cp > 1:
+            logger.info("cp_layout='auto' is %s for %d ranks", layout.cp_layout, self.world_size)
+        try:
+            with self._building():
+                self._groups.lay_out(layout, wish.reserved_bytes(self._job))
+                if wish.mesh is not None:
+                    self._groups.adopt_device_groups(wish.mesh)
+        except DistcommError:
+            self._groups.clear_layout()
+            raise
+        self.layout = layout
+        for axis in AXES:
+            setattr(self, axis, self._groups.by_name[axis])
+
+    def clear_layout(self) -> None:
+        """Closes the groups of all axes, and what only they communicated through. Idempotent.
+
+        All ranks have to call it at the same point, although it doesn't wait for them; no rank
+        should still be in a collective. CUDA graphs that have captured these groups' collectives
+        can't be replayed any more. What stays: `world`, the groups of `create_group`, and the
+        symmetric memory.
+        """
+        if self._closed or not self.is_laid_out:
+            return
+        for name in _LAID_OUT:
+            delattr(self, name)
+        self._groups.clear_layout()
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether there are groups of axes."""
+        return "layout" in self.__dict__
 
     @property
     def closed(self) -> bool:
@@ -112,12 +167,12 @@ class ParallelState:
     @property
     def groups(self) -> dict[str, GroupCoordinator]:
         """All groups of this rank by name, also those of `create_group`."""
-        return dict(self._groups)
+        return dict(self._groups.by_name)
 
     @property
     def communicators(self) -> list[GroupCommunicators]:
         """What the groups communicate through, each once, in the order of their making."""
-        return list(self._communicators.values())
+        return list(self._groups.communicators.values())
 
     def wait_for_device(self) -> None:
         """Waits for all work that this rank's GPU has been given; bounded by the timeout.
@@ -139,7 +194,7 @@ class ParallelState:
         before all have made it.
 
         Args:
-            name: a new name; the same on all members.
+            name: a new name, and none of an axis; the same on all members.
             ranks: global ranks in group order, the same on all members; this rank is one.
 
         Raises:
@@ -152,7 +207,7 @@ class ParallelState:
             raise GroupClosedError(f"create_group: the state is closed [rank {self.rank}]")
         if self.symmetric_pool is not None and self.symmetric_pool.asleep:
             raise SleepError(f"create_group: {ASLEEP}: wake_up() first [rank {self.rank}]")
-        if name in self._groups:
+        if name in AXES or name in self._groups.by_name:
             raise ArgumentError(
                 "name", "a new group name", f"{name!r} [rank {self.rank}]", call="create_group"
             )
@@ -166,11 +221,34 @@ class ParallelState:
             )
         member = GroupMember(name, tuple(ranks), self.rank)
         with collective_errors("create_group", member):
-            group = self._add_group(member)
-            if self._uses_kernels and self._reserved_bytes and group.world_size > 1:
-                group.enable_kernels()
-                self._calibrate([group])
-            return group
+            return self._groups.create(member)
+
+    def device_mesh(self, *axes: str) -> DeviceMesh:
+        """A torch `DeviceMesh` with a dim for each axis, whose process groups are these groups'
+        `device_group`s: for DTensor, FSDP, pipelines and other code of torch's.
+
+        Collective among all ranks of the job where a `device_group` is made: on GPUs each is a
+        communicator of torch's own beside ours, because torch's NCCL process group takes none from
+        outside; or it came with the mesh of `init_distributed(mesh=...)`. On CPU it is our own.
+
+        If `axes` don't have all ranks together, the mesh has those that this rank has to do with.
+        Slice one mesh rather than make several: torch wants meshes that are used together to come
+        from one. Groups that torch makes when a mesh is flattened are torch's own. The mesh is dead
+        once its groups are closed, by `close`, `clear_layout` or `destroy_distributed`.
+
+        Args:
+            axes: distinct ones of tp, cp, attn_tp, pp, dp, ep, moe_tp and world that lie side by
+                side, outermost dim first. Inside tp lie ep and moe_tp, and, with cp_layout
+                ``"inside_tp"``, cp and attn_tp.
+
+        Raises:
+            ArgumentError: `axes` don't; the message says which do.
+            GroupClosedError: the state is closed.
+            NotInitializedError: there is no layout yet.
+        """
+        if self._closed:
+            raise GroupClosedError(f"device_mesh: the state is closed [rank {self.rank}]")
+        return make_device_mesh(self.layout, self._groups.by_name, axes)
 
     def close(self) -> None:
         """Closes all groups and what this state has made. Idempotent; every wait is bounded.
@@ -182,22 +260,49 @@ class ParallelState:
             return
         self._closed = True
         atexit.unregister(self._leave)
-        for group in self._groups.values():
-            group.close()
-        for communicators in reversed(self._communicators.values()):
-            communicators.close()
+        self._groups.close()
         if self.symmetric_pool is not None:
             self._close_pool(self.symmetric_pool)
         self._end_process_groups()
 
     def describe(self) -> str:
-        """The layout and what this rank runs on, as text."""
-        nccl = self._job.nccl
-        runs_on = f"NCCL {nccl.version_text} ({nccl.path})" if nccl else "gloo"
-        return (
-            f"{self.layout}\nrank {self.rank}: device {self.device}, local rank "
-            f"{self.local_rank}, {runs_on}"
+        """The layout, what this rank and its groups run on and why, as text. Local; also after
+        `close()`."""
+        return describe_job(
+            self.rank,
+            self._job,
+            self.layout if self.is_laid_out else None,
+            self.groups,
+            closed=self._closed,
+            ranges=self._groups.range_kind,
         )
+
+    def profiler_ranges(self, kind: str | None) -> AbstractContextManager[object]:
+        """Puts each call of all groups in a profiler range, from now on; local.
+
+            with state.profiler_ranges("record_function"), torch.profiler.profile() as profile:
+                ...
+
+        A range has the call, the group, the bytes of its tensor argument and the backend or the
+        algorithm for a name: ``distcomm.all_reduce tp 16384 B two_shot_push``. It is the call on
+        the host, of whatever thread: not the work on the GPU, nor replays of a CUDA graph.
+
+        Args:
+            kind: ``"record_function"`` for torch's profiler, ``"nvtx"`` for Nsight Systems, or None
+                for none, as at first, unless ``DISTCOMM_PROFILER_RANGES`` says so; calls then cost
+                nothing more.
+
+        Returns:
+            What can be used as a ``with`` block, at whose end ranges are as before.
+
+        Raises:
+            ArgumentError: there is no such kind, or this torch has no NVTX.
+        """
+        before = self._groups.range_kind
+        self._groups.use_profiler_ranges(kind)
+        block = ExitStack()
+        block.callback(self._groups.use_profiler_ranges, before)
+        return block
 
     def __enter__(self) -> ParallelState:
         return self
@@ -219,19 +324,54 @@ class ParallelState:
         At the end, each group's members compare what they have captured in it. At the start, the
         symmetric memory of captured graphs returns that are gone on all ranks.
         """
-        for group in self._groups.values():
+        groups = list(self._groups.by_name.values())
+        for group in groups:
             group.count_capture()
         if self.symmetric_pool is not None:
             self.symmetric_pool.settle(self.world_size)
         with ExitStack() as stack:
             capture = stack.enter_context(capture_stream(self._job, stream, symmetric))
-            for group in self._groups.values():
+            for group in groups:
                 stack.enter_context(group.capturing())
             yield capture
 
     def suspend_symmetric_memory(self) -> MemoryContext:
         """A ``with`` block whose new tensors are ordinary memory, whatever contexts it is in."""
         return self.world.suspend_symmetric_memory()
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    if not TYPE_CHECKING:  # else every name would be one
+
+        def __getattr__(self, name: str) -> GroupCoordinator:
+            if name in _LAID_OUT and not self._closed:
+                raise NotInitializedError(
+                    f"{name}: only the world group is there yet: call initialize_model_parallel() "
+                    f"first [rank {self.rank}]"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        """What torch raises in the body says that it was initialization."""
+        try:
+            yield
+        except DistcommError:
+            raise
+        except RuntimeError as error:
+            what = "building the process groups failed"
+            raise InitializationError(what, {self.rank: str(error)}, rank=self.rank) from error
+
+    def _why_not_now(self) -> DistcommError | None:
+        """What is in the way of another layout on this rank."""
+        if self.symmetric_pool is not None and self.symmetric_pool.asleep:
+            return SleepError(f"lay_out: {ASLEEP}: wake_up() first [rank {self.rank}]")
+        if self._groups.has_unreleased:  # peers write to memory that other groups will have
+            try:
+                self.wait_for_device()
+            except SleepError as error:
+                return error
+        return None
 
     def _close_pool(self, pool: SymmetricPool) -> None:
         """Bounded, as freeing memory waits for the device, where a dead rank's peers may hang."""
@@ -253,134 +393,6 @@ class ParallelState:
 
     def _end_process_groups(self) -> None:
         """Their threads must not run when the interpreter shuts down: it aborts the process."""
-        for group in self._groups.values():
-            group.close()
-        for communicators in self._communicators.values():
-            communicators.destroy_process_groups()
-        if self._owns_default_group:
+        self._groups.destroy_process_groups()
+        if self._launch.init_method is not None:
             destroy_default_process_group()
-
-    def _build_groups(self) -> None:
-        everyone = tuple(range(self.world_size))
-        with self._together("world", everyone):
-            self._communicators[everyone] = self._world_communicators(everyone)
-            self.world = self._add_group(GroupMember("world", everyone, self.rank))
-        for axis, ranks in self.layout.groups_of(self.rank).items():
-            with self._together(axis, ranks):
-                setattr(self, axis, self._add_group(GroupMember(axis, ranks, self.rank)))
-
-    def _reserve(self, num_bytes: int) -> None:
-        """Makes the slab that was agreed on and registers it, on all ranks or on none."""
-        pool = self.symmetric_pool
-        if pool is None or num_bytes == 0:
-            return
-        several = [ranks for ranks in self._communicators if 1 < len(ranks) <= MOST_RANKS]
-        # For one more than there are: `create_group` may make another one.
-        room = (len(several) + 1) * CHANNEL_BYTES if several and self._uses_kernels else 0
-        failure = pool.make_slab(num_bytes + room)
-        self._pass("symmetric/slab", None if failure is None else str(failure))
-        problem = None
-        try:
-            for communicators in self._communicators.values():
-                if communicators.windows is not None:
-                    communicators.windows.register_new()
-        except DistcommError as error:
-            problem = str(error)
-        self._pass("symmetric/windows", problem)
-        pool.cut_signal_page(room)  # on all ranks alike, whichever groups need it
-
-    def _enable_kernels(self) -> None:
-        """Lets kernels run all groups' collectives, where there is memory for mailboxes."""
-        if self._reserved_bytes == 0 or not self._uses_kernels:
-            return
-        problem = None
-        try:
-            for group in self._groups.values():
-                if group.world_size > 1:
-                    group.enable_kernels()
-        except DistcommError as error:
-            problem = str(error)
-        self._pass("symmetric/kernels", problem)
-
-    def _calibrate(self, groups: Iterable[GroupCoordinator]) -> None:
-        """Measures which algorithms are the fastest, if asked to, once for each size of a group."""
-        if self._job.tune != "startup":
-            return
-        done: list[KernelCollectives] = []  # of groups of the same ranks
-        for group in groups:
-            if group.kernels is None or group.kernels in done:
-                continue
-            # Another group of this rank may have measured; what its first rank knows, holds.
-            table = group.broadcast_object(self._tables.get(group.world_size))
-            table = calibrate(group) if table is None else table
-            self._tables[group.world_size] = table
-            group.use_table(table)
-            done.append(group.kernels)
-
-    def _log_known_issues(self) -> None:
-        if self.rank == 0 and self._job.issues is not None:
-            several = [ranks for ranks in self._communicators if len(ranks) > 1]
-            self._job.issues.log(self._job.topology(ranks) for ranks in several)
-
-    def _world_communicators(self, everyone: tuple[int, ...]) -> GroupCommunicators:
-        default_group = None
-        if self._owns_default_group:
-            default_group = create_default_process_group(
-                self.rank, self.world_size, self._job.store, self._job.timeout_s
-            )
-        member = GroupMember("world", everyone, self.rank)
-        return GroupCommunicators(member, self._job, _unique_name(everyone), default_group)
-
-    @contextmanager
-    def _together(self, axis: str, ranks: tuple[int, ...]) -> Iterator[None]:
-        """The body makes the group of `axis`: on all ranks, or it fails on all of them.
-
-        No rank goes on before all have made theirs, so that none can close while another one
-        still connects to it.
-        """
-        if ranks in self._communicators or len(ranks) == 1:
-            yield
-            return
-        failure = None
-        try:
-            yield
-        except RuntimeError as error:
-            failure = f"making the {axis} group failed: {error}"
-        self._pass(f"groups/{axis}", failure)
-
-    def _pass(self, stage: str, failure: str | None) -> None:
-        """All ranks get past a stage of initialization, or all raise the same error."""
-        wait_s = 2 * self._job.timeout_s + _GIVING_UP_S
-        pass_stage(self._job.store, self._launch, stage, failure, wait_s)
-
-    def _add_group(self, member: GroupMember) -> GroupCoordinator:
-        ranks = member.ranks
-        if ranks not in self._communicators:
-            self._communicators[ranks] = self._new_communicators(member)
-        self._communicators[ranks].serve(member.name)
-        group = GroupCoordinator(member, self._communicators[ranks], self._job)
-        self._groups[member.name] = group
-        return group
-
-    def _new_communicators(self, member: GroupMember) -> GroupCommunicators:
-        """During initialization its stages do the rest. Later they come with windows of what there
-        is already, and not before all ranks have made theirs."""
-        communicators = GroupCommunicators(member, self._job, _unique_name(member.ranks))
-        if not self._built or member.world_size == 1:
-            return communicators
-        try:
-            if communicators.windows is not None and self.symmetric_pool is not None:
-                communicators.windows.count_common()
-                communicators.windows.register_common()
-            # As in `_together`: none may close while another one still connects to it.
-            communicators.wait_for_all()
-        except RuntimeError:
-            communicators.close()
-            raise
-        return communicators
-
-
-def _unique_name(ranks: tuple[int, ...]) -> str:
-    """A name for a set of ranks that is the same on all of them."""
-    digest = hashlib.sha256(repr(ranks).encode()).hexdigest()
-    return f"distcomm/{digest[:32]}"

@@ -6,6 +6,7 @@ Shapes: W ranks of the group, T tokens of the plan, S_r tokens of rank r.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -122,10 +123,11 @@ def _own_rows(request: KvRequest, outputs: Outputs) -> None:
     """All tokens are this rank's, in token order."""
     for x, output in zip(request.tensors, outputs, strict=True):
         request.group.count(request.call, "local", x.nbytes)
-        if request.slots is not None:
-            place_rows(x, output, request.slots)
-        elif output is not x:
-            output.copy_(x.detach())
+        with request.group.profiler_range(request.call, "local", x.nbytes):
+            if request.slots is not None:
+                place_rows(x, output, request.slots)
+            elif output is not x:
+                output.copy_(x.detach())
 
 
 # ---- collective ---------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def _by_kernel(request: KvRequest, outputs: Outputs) -> None:
     rank = group.rank_in_group
     rows_to = plan.token_indices(rank, request.device)
     group.keep_if_capturing(rows_to)
-    with channel.in_order():
+    with _range(request, "kernel"), channel.in_order():
         push_rows(
             pushed,
             rows_to,
@@ -201,7 +203,7 @@ def _by_copy_engine(request: KvRequest, outputs: Outputs) -> None:
     _announce(request, outputs, "copy_engine")
     if not pushed or not plan.num_tokens:
         return
-    with channel.in_order() as stream:
+    with _range(request, "copy_engine"), channel.in_order() as stream:
         channel.push(pushed, _row_runs(plan, group.rank_in_group), stream)
 
 
@@ -226,6 +228,11 @@ def _announce(request: KvRequest, outputs: Outputs, method: str) -> None:
     request.group.announce(f"{request.call} {method}", *outputs)
     for x in request.tensors:
         request.group.count(request.call, method, x.nbytes)
+
+
+def _range(request: KvRequest, method: str) -> AbstractContextManager[object]:
+    num_bytes = sum(x.nbytes for x in request.tensors)
+    return request.group.profiler_range(request.call, method, num_bytes)
 
 
 def _pitch(x: torch.Tensor) -> int:

@@ -131,6 +131,15 @@ class PeerChannel:
         if self.problem is not None:
             raise SymmetricMemoryError(f"{_CALL}: {self.problem} [{self._windows.member}]")
 
+    def release_signals(self) -> None:
+        """Gives the memory of its signals back, for other groups. Local.
+
+        The group is closed, and nothing of it under way any more, on any rank.
+        """
+        if self._area:
+            self._pool.release_signals(self._area)
+            self._area = 0
+
     def _connect(self, problem: str | None) -> None:
         """Fills all that depends on where NCCL maps the ranks' memory."""
         self.deltas = []
@@ -310,16 +319,19 @@ class PeerChannel:
     def _claimed(self) -> str | None:
         """Fills `_area`; or what is in the way, the same on all ranks."""
         pool, windows = self._pool, self._windows
-        pool.cut_signal_page()
+        if not pool.signal_page_bytes:
+            pool.cut_signal_page()
         windows.count_common()
         windows.register_common()  # the page may have needed a new segment
         windows.count_common()
-        page = windows.exchange([pool.signal_page_bytes, pool.signals_used])
-        room, start = min(size for size, _ in page), max(used for _, used in page)
-        start += -start % _MAILBOX_ALIGNMENT
-        if start + len(self._initial) + self._num_mailbox_bytes > room:
+        pages = windows.exchange([pool.signal_page_bytes, pool.signal_claims])
+        room = min(size for size, _ in pages)
+        claims = [claim for _, claims in pages for claim in claims]
+        start = _first_gap(claims, len(self._initial) + self._num_mailbox_bytes, room)
+        if start is None:
             self._num_mailbox_bytes = 0
-        if start + len(self._initial) > room:
+            start = _first_gap(claims, len(self._initial), room)
+        if start is None:
             return "no room for signals in the symmetric pool"
         self._area = pool.claim_signals(start, len(self._initial) + self._num_mailbox_bytes)
         return None
@@ -381,6 +393,16 @@ class PeerChannel:
     def _on_device(self, values: list[int]) -> torch.Tensor:
         table = torch.tensor(values, dtype=torch.int64, device="cpu").pin_memory()
         return table.to(self._device, non_blocking=True)
+
+
+def _first_gap(claims: Sequence[list[int]], num_bytes: int, room: int) -> int | None:
+    """Where in a page of `room` bytes that many are free first; None if nowhere."""
+    start = 0
+    for begin, end in sorted(claims):
+        if start + num_bytes <= begin:
+            break
+        start = max(start, end + -end % _MAILBOX_ALIGNMENT)
+    return start if start + num_bytes <= room else None
 
 
 def _first_problem(reports: list[Any]) -> str | None:

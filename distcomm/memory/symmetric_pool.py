@@ -19,7 +19,6 @@ __all__ = ["SymmetricOutOfMemoryError", "SymmetricPool", "parse_num_bytes"]
 logger = logging.getLogger(__name__)
 
 _SIGNAL_PAGE_BYTES = 2 << 20  # what the heap cuts at least
-_SIGNAL_ALIGNMENT = 128
 
 _NUM_BYTES = re.compile(r"([0-9]+)\s*(?:([kmgt])i?)?b?")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -78,7 +77,8 @@ class SymmetricPool:
         routing: which threads allocate here.
         frozen: whether `freeze()` was called.
         asleep: whether the segments have no memory now.
-        signal_page_bytes, signals_used: memory for groups' signals, and how much of it is taken.
+        signal_page_bytes: size of the memory for groups' signals.
+        signal_claims: what of it is taken: where in the page each part begins and ends.
 
     Raises:
         NativeLibraryError: this libnccl has no windows.
@@ -96,9 +96,9 @@ class SymmetricPool:
         self._groups: list[GroupWindows] = []
         self.frozen = False
         self.asleep = False
-        self._signal_page = 0
+        self._signal_pages: list[int] = []  # addresses; the last one is in use
         self.signal_page_bytes = 0
-        self.signals_used = 0
+        self.signal_claims: list[tuple[int, int]] = []
         self._warned_frozen = False
         self._warned_not_mapped = False
         self._closed = False
@@ -125,8 +125,7 @@ class SymmetricPool:
         self.register_common()  # what is pending, so that the slab is all that is new
         error = self.make_slab(size)
         try:
-            for windows in self._groups:
-                windows.register_new(failure=None if error is None else str(error))
+            self.register_new(None if error is None else str(error))
             if error is not None:  # and there is no group to tell
                 raise error
         finally:
@@ -198,12 +197,29 @@ class SymmetricPool:
         failure = self.heap.take_failure()
         return None if failure is None else self.out_of_memory("reserve", failure)
 
+    def make_initial_slab(self, num_bytes: int) -> tuple[int | None, str | None]:
+        """`make_slab` for a layout: the slab's number, or what is in the way."""
+        if self.frozen:
+            return None, "no symmetric memory can be reserved: freeze() is for good"
+        ordinal = self.heap.next_ordinal()
+        failure = self.make_slab(num_bytes)
+        return (ordinal, None) if failure is None else (None, str(failure))
+
+    def drop_slab(self, ordinal: int) -> None:
+        """Gives a slab back that not all ranks have, or that isn't registered on all. Local."""
+        self.heap.abandon(0, [ordinal])
+
     def register_common(self, payload: Any = None) -> dict[GroupWindows, list[Any]]:
         """`GroupWindows.register_common` with every group; the payloads by group. Collective."""
         self._warn_if_not_mapped()
         for windows in self._groups:
             windows.count_common()
         return {windows: windows.register_common(payload) for windows in self._groups}
+
+    def register_new(self, failure: str | None = None) -> None:
+        """`GroupWindows.register_new` with every group. Collective."""
+        for windows in self._groups:
+            windows.register_new(failure)
 
     def settle(self, num_ranks: int) -> None:
         """Registers what is pending, and gives back what captures whose graphs are gone have used.
@@ -275,28 +291,34 @@ class SymmetricPool:
             self._groups.remove(windows)
 
     def cut_signal_page(self, num_bytes: int = 0) -> None:
-        """Keeps memory for the signals and mailboxes of groups to come; only the first time.
+        """Keeps memory for the signals and mailboxes of groups to come. What others have taken
+        of an earlier page stays theirs.
 
         To be called on all ranks alike. Groups of some ranks only then take theirs from it, and
         leave the others' memory where it is.
         """
-        if self._signal_page:
-            return
         size = max(_SIGNAL_PAGE_BYTES, num_bytes)
-        self._signal_page = self.heap.alloc(size)
-        if self._signal_page:
+        page = self.heap.alloc(size)
+        if page:
+            self._signal_pages.append(page)
             self.signal_page_bytes = size
+            self.signal_claims = []
         else:
             self.heap.take_failure()
 
     def claim_signals(self, start: int, num_bytes: int) -> int:
-        """The address of memory for a group's signals, for good.
+        """The address of memory for a group's signals.
 
         Args:
-            start: where in the page: at least `signals_used`, of all ranks of the group the most.
+            start: where in the page: where no rank of the group has a claim.
         """
-        self.signals_used = start + num_bytes + -num_bytes % _SIGNAL_ALIGNMENT
-        return self._signal_page + start
+        self.signal_claims.append((start, start + num_bytes))
+        return self._signal_pages[-1] + start
+
+    def release_signals(self, address: int) -> None:
+        """Undoes `claim_signals`. Nothing may use that memory any more, on any rank."""
+        start = address - self._signal_pages[-1]
+        self.signal_claims = [claim for claim in self.signal_claims if claim[0] != start]
 
     @property
     def overflowed(self) -> bool:
@@ -329,8 +351,8 @@ class SymmetricPool:
             return
         self._closed = True
         self.routing.close()
-        if self._signal_page:
-            self.heap.free(self._signal_page)
+        for page in self._signal_pages:
+            self.heap.free(page)
         self.heap.freeze(False)
         self.heap.defer_frees(False)  # what outlives the pool goes back at once
         self.heap.retire_all()

@@ -165,7 +165,13 @@ NO_CONTEXTS = {"contexts": 0, "inactive": {}, "windows": 0}
 def count_calls(state: ParallelState) -> dict[str, Any]:
     group = state.create_group("counted", range(state.world_size))
     shared = state.world.stats()
-    nothing = {"ops": {}, "fallbacks": {}, "algorithms": None, "symmetric_memory": NO_CONTEXTS}
+    nothing = {
+        "sequence": 0,
+        "ops": {},
+        "fallbacks": {},
+        "algorithms": None,
+        "symmetric_memory": NO_CONTEXTS,
+    }
     assert group.stats() == nothing
     for _ in range(3):
         group.all_reduce(torch.ones(4))
@@ -180,10 +186,11 @@ def count_calls(state: ParallelState) -> dict[str, Any]:
 def test_calls_and_bytes_are_counted_by_op_and_backend(job: Job):
     for stats in job.run(count_calls):
         assert stats == {
+            "sequence": 6,
             "ops": {
-                "all_reduce": {"gloo": {"calls": 4, "bytes": 3 * 16 + 32}},
-                "all_gather": {"gloo": {"calls": 1, "bytes": 5}},
-                "broadcast": {"gloo": {"calls": 1, "bytes": 0}},
+                "all_reduce": {"gloo": {"calls": 4, "bytes": 3 * 16 + 32, "last": 4}},
+                "all_gather": {"gloo": {"calls": 1, "bytes": 5, "last": 5}},
+                "broadcast": {"gloo": {"calls": 1, "bytes": 0, "last": 6}},
             },
             "fallbacks": {},
             "algorithms": None,
@@ -235,24 +242,26 @@ def test_a_fallback_is_counted_with_its_reason_and_logged_once(job: Job):
     reason = TORCH_NCCL.fallback_reason
     for rank, (stats, warnings) in enumerate(job.run(fall_back_and_return)):
         assert stats == {
+            "sequence": 4,
             "ops": {
                 "all_reduce": {
-                    "pynccl": {"calls": 2, "bytes": 24},
-                    "torch_nccl": {"calls": 2, "bytes": 24},
+                    "pynccl": {"calls": 2, "bytes": 24, "last": 4},
+                    "torch_nccl": {"calls": 2, "bytes": 24, "last": 3},
                 }
             },
-            "fallbacks": {reason: 2},
+            "fallbacks": {"all_reduce": {reason: 2}},
         }
         place = f"[group 'cp', rank {rank} ({rank // 4} of 2)]"
         assert warnings == [f"all_reduce: using 'torch_nccl', because {reason} {place}"]
 
 
 def count_alone(state: ParallelState) -> dict[str, Any]:
-    before = state.pp.stats()["ops"].get("all_reduce", {}).get("local", {"calls": 0, "bytes": 0})
+    nothing = {"calls": 0, "bytes": 0, "last": 0}
+    before = state.pp.stats()["ops"].get("all_reduce", {}).get("local", nothing)
     x = torch.ones(3)
     assert state.pp.all_reduce(x) is x
     after = state.pp.stats()["ops"]["all_reduce"]["local"]
-    return {name: after[name] - before[name] for name in after}
+    return {name: after[name] - before[name] for name in ("calls", "bytes")}
 
 
 def test_a_group_of_one_runs_locally(job: Job):

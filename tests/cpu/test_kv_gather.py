@@ -139,7 +139,8 @@ def test_results_share_nothing_with_the_inputs(job: Job):
 
 def calls_of(group: GroupCoordinator, backend: str) -> dict[str, int]:
     counted = group.stats()["ops"].get("all_gather_kv", {})
-    return dict(counted.get(backend, {"calls": 0, "bytes": 0}))
+    found = counted.get(backend, {"calls": 0, "bytes": 0})
+    return {name: found[name] for name in ("calls", "bytes")}
 
 
 def gather_over_one(group: GroupCoordinator) -> None:

@@ -314,7 +314,7 @@ ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"world_size": 8, "tp": 8, "order": None}, ["order must", "got None"]),
     (
         {"world_size": 8, "tp": 8, "cp_layout": "outside"},
-        ["cp_layout must be one of 'auto', 'inside_tp', 'beside_tp'; got 'outside'"],
+        ["cp_layout must be one of 'auto', 'inside_tp', 'beside_tp', 'adjacent_in_tp'; got"],
     ),
     ({"world_size": 8, "tp": 8, "cp_layout": ["auto"]}, ["cp_layout must", "got ['auto']"]),
 ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from distcomm import ParallelState
 from tests.cpu.job import Job
+from tests.worker_pool import WorkerPool
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -70,6 +74,47 @@ def test_context_parallel_example(job: Job) -> None:
 
 def test_fast_collectives_example(job: Job) -> None:
     job.run(run_fast_collectives_example, example_of("Fast collectives"))
+
+
+def run_compile_example(state: ParallelState, example: str) -> None:
+    names: dict[str, Any] = {"torch": torch, "state": state, "tp": state.world}
+    torch.manual_seed(1)
+    exec(compile(example, "README.md", "exec"), names)
+    arguments = (names[name] for name in ("x", "gate", "up", "gate"))
+    torch.testing.assert_close(names["y"], names["mlp"](*arguments), atol=1e-2, rtol=1e-3)
+    torch._dynamo.reset()
+
+
+def run_mesh_example(state: ParallelState, example: str) -> None:
+    names: dict[str, Any] = {"torch": torch, "state": state}
+    exec(compile(example, "README.md", "exec"), names)
+    share = torch.arange(64.0).reshape(8, 8).chunk(2)[state.cp.rank_in_group]
+    assert torch.equal(names["rows"].to_local(), share)
+
+
+def run_observability_example(state: ParallelState, example: str) -> str:
+    names: dict[str, Any] = {"torch": torch, "state": state}
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(compile(example, "README.md", "exec"), names)
+    return output.getvalue()
+
+
+def test_mesh_example(job: Job) -> None:
+    job.run(run_mesh_example, example_of("DeviceMesh"))
+
+
+def test_observability_example(job: Job) -> None:
+    for output in job.run(run_observability_example, example_of("Observability")):
+        assert "['distcomm.all_reduce tp 16384 B gloo']" in output
+        assert "'gloo': {'calls': " in output
+
+
+@pytest.mark.timeout(300)
+def test_compile_example() -> None:
+    with WorkerPool(2, timeout_s=200) as pool:
+        job = Job(pool, 2, tp=2, timeout=100)
+        job.run(run_compile_example, example_of("torch.compile"))
+        job.close()
 
 
 def test_every_environment_variable_is_listed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -64,6 +66,47 @@ def run_sleep(rank: int, world: int, method: str, example: str) -> None:
         assert names["report"].freed_bytes >= names["weights"].nbytes + names["cache"].nbytes
         assert names["pool"].asleep_tags == ()
         names["cache"].zero_()
+
+
+def run_compile(rank: int, world: int, method: str, example: str) -> None:
+    with start(rank, world, method, tune="shipped") as state, torch.inference_mode():
+        torch.manual_seed(1)
+        names = {"torch": torch, "state": state, "tp": state.tp}
+        exec(compile(example, "README.md", "exec"), names)
+        arguments = (names[name] for name in ("x", "gate", "up", "gate"))
+        torch.testing.assert_close(names["y"], names["mlp"](*arguments), atol=1e-1, rtol=1e-2)
+        torch._dynamo.reset()
+
+
+def run_mesh(rank: int, world: int, method: str, example: str) -> None:
+    with start(rank, world, method, cp=2) as state:
+        names = {"torch": torch, "state": state}
+        exec(compile(example, "README.md", "exec"), names)
+        share = torch.arange(64.0).reshape(8, 8).chunk(2)[state.cp.rank_in_group]
+        assert torch.equal(names["rows"].to_local().cpu(), share)
+
+
+def run_observability(rank: int, world: int, method: str, example: str) -> str:
+    with start(rank, world, method, tune="shipped") as state:
+        names = {"torch": torch, "state": state}
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(compile(example, "README.md", "exec"), names)
+    return output.getvalue()
+
+
+def test_compile_example(gpus: WorkerPool, most_ranks: int) -> None:
+    example = example_of("torch.compile")
+    gpus.run(run_compile, fresh_init_method(), example, ranks=most_ranks)
+
+
+def test_mesh_example(gpus: WorkerPool, most_ranks: int) -> None:
+    gpus.run(run_mesh, fresh_init_method(), example_of("DeviceMesh"), ranks=most_ranks // 2 * 2)
+
+
+def test_observability_example(gpus: WorkerPool, most_ranks: int) -> None:
+    example = example_of("Observability")
+    for output in gpus.run(run_observability, fresh_init_method(), example, ranks=most_ranks):
+        assert "['distcomm.all_reduce tp 16384 B one_shot_push']" in output
 
 
 def test_sleep_example(gpus: WorkerPool, most_ranks: int) -> None:

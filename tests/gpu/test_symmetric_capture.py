@@ -18,6 +18,7 @@ from distcomm import (
     SymmetricMemoryError,
     SymmetricOutOfMemoryError,
 )
+from tests.gpu.job import start
 from tests.gpu.test_symmetric_memory import MIB, symmetric_job
 from tests.worker_pool import WorkerPool, fresh_init_method
 
@@ -320,6 +321,23 @@ def test_captured_collectives_wait_for_their_input(gpus: WorkerPool, most_ranks:
     if 22800 <= NcclLibrary().version < 23007:
         edges = gpus.run(fenced, fresh_init_method(), (RACE,), ranks=most_ranks)
         assert edges == [3] * most_ranks
+
+
+def alone(_rank: int, _world: int, method: str) -> None:
+    with start(0, 1, method) as state:
+        graph = torch.cuda.CUDAGraph()
+        with (
+            state.graph_capture(symmetric=True) as c,
+            torch.cuda.graph(graph, pool=c.pool, stream=c.stream),
+        ):
+            y = state.tp.all_reduce(torch.ones(8, device=state.device)) + 1
+        assert c.pool is None
+        graph.replay()
+        assert (y == 2).all()
+
+
+def test_one_rank_captures_ordinary_memory(gpus: WorkerPool) -> None:
+    gpus.run(alone, fresh_init_method(), ranks=1)
 
 
 def test_differences_are_found(gpus: WorkerPool, world: int) -> None:

@@ -183,7 +183,7 @@ def peers(rank: int, world: int, method: str) -> None:
     """Addresses of the peers' tensors: what they hold arrives, what is written there is there."""
     with symmetric_job(rank, world, method) as state:
         tp, device = state.tp, state.device
-        windows = state._communicators[tuple(range(world))].windows
+        windows = state.communicators[0].windows  # of the world
         assert windows.peers.problem is None
         with tp.symmetric_memory():
             big = torch.empty(40 * MIB, device=device)  # in a segment of its own
