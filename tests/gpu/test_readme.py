@@ -106,7 +106,7 @@ def test_mesh_example(gpus: WorkerPool, most_ranks: int) -> None:
 def test_observability_example(gpus: WorkerPool, most_ranks: int) -> None:
     example = example_of("Observability")
     for output in gpus.run(run_observability, fresh_init_method(), example, ranks=most_ranks):
-        assert "['distcomm.all_reduce tp 16384 B one_shot_push']" in output
+        assert "'distcomm.all_reduce tp 16384 B one_shot_push'" in output
 
 
 def test_sleep_example(gpus: WorkerPool, most_ranks: int) -> None:
