@@ -12,6 +12,7 @@ import torch
 from . import env
 from .algorithms import load_tables
 from .backends import check_range_kind
+from .call_order import CallOrder
 from .communicators import JobContext
 from .devices import CudaProbe, agreed_device_type, check_device, host_name, probe_cuda
 from .errors import InitializationError
@@ -175,6 +176,7 @@ def agree_on_job(
         gpu_names=[report["gpu_name"] for report in reports],
         tune=wish.tune,
         tables=reports[0]["tables"],
+        call_order=CallOrder(device),
         **common,
         **_nccl_options(wish, probe, reports),
     )

@@ -6,6 +6,8 @@ import torch
 
 __all__ = ["CallOrder"]
 
+_CPU = torch.device("cpu")
+
 
 class CallOrder:
     """Tensors without content that all collectives of a job claim to write to.
@@ -22,8 +24,8 @@ class CallOrder:
         device: the job's.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._of_cpu = _order_tensor(torch.device("cpu"))
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._of_cpu = _order_tensor(_CPU)
         self._of_gpu = self._of_cpu if device.type == "cpu" else _order_tensor(device)
 
     def of(self, x: torch.Tensor) -> torch.Tensor:

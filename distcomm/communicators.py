@@ -76,10 +76,7 @@ class JobContext:
     tables: Sequence[Mapping[str, Any]] = ()
     deterministic: bool = False
     profiler_ranges: str | None = None
-    call_order: CallOrder = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "call_order", CallOrder(self.device))
+    call_order: CallOrder = field(default_factory=CallOrder)
 
     def topology(self, ranks: Sequence[int]) -> Topology:
         """Where the ranks of a group are."""

@@ -20,7 +20,7 @@ R = TypeVar("R")
 def outside_graphs(method: Callable[P, R]) -> Callable[P, R]:
     """Keeps `torch.compile` out of `method`: it ends a graph there, or with ``fullgraph=True`` says
     why it can't. Costs a call and no more where nothing is compiled."""
-    reason = f"{method.__qualname__} can't be part of a compiled graph: call it outside of one"
+    reason = f"distcomm: {method.__name__} can't be part of a compiled graph: call it outside"
     # torch.compiler.disable would import all of Dynamo at once, which takes a second.
     disabled = _disable_dynamo(method)
 

@@ -318,7 +318,7 @@ def outside(state: ParallelState) -> None:
                 assert same
         breaks = torch._dynamo.utils.counters["graph_break"]
         for method in ("barrier", "reduce", "gather", "send" if tp.is_first_rank else "recv"):
-            wanted = f"GroupCoordinator.{method} can't be part of a compiled graph"
+            wanted = f"distcomm: {method} can't be part of a compiled graph"
             assert any(wanted in reason for reason in breaks), method
         # Dynamo looked at `step` and its parts, and into none of what they call.
         assert stats["unique_graphs"] <= 12, stats

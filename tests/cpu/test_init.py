@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import math
@@ -923,7 +924,7 @@ def test_a_state_may_be_closed_as_soon_as_it_is_there(workers: WorkerPool):
 def usage() -> dict[str, int]:
     """What this process holds."""
     gc.collect()
-    fds = [os.readlink(f"/proc/self/fd/{fd}") for fd in map(int, safe_fds())]
+    fds = open_files()
     status = Path("/proc/self/status").read_text()
     return {
         "threads": len(os.listdir("/proc/self/task")),
@@ -937,9 +938,13 @@ def usage() -> dict[str, int]:
     }
 
 
-def safe_fds() -> list[str]:
-    """Open descriptors, without the one that lists them."""
-    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+def open_files() -> list[str]:
+    """What the open descriptors are of, without the one that lists them, which is closed then."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return links
 
 
 CYCLE_LAYOUTS: list[dict[str, Any]] = [
