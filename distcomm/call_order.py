@@ -17,6 +17,9 @@ class CallOrder:
     their graph, nor makes them in another order. Collectives on CPU tensors and on the GPU's have
     orders of their own, because CUDA graphs can't have tensors on CPU.
 
+    The price: torch refuses to compile collectives in branches of `torch.cond`, bodies of
+    `while_loop` and regions of `nested_compile_region`, where nothing may be written to.
+
     What torch has for this, ordered effects, doesn't hold in Inductor (torch 2.11 to 2.13): there
     independent calls changed places, on one rank and not on the other.
 
@@ -34,7 +37,8 @@ class CallOrder:
 
 
 def _order_tensor(device: torch.device) -> torch.Tensor:
-    order = torch.zeros(1, dtype=torch.int8, device=device)
+    with torch.inference_mode(False):  # else nothing outside of that mode may write to it
+        order = torch.zeros(1, dtype=torch.int8, device=device)
     # What torch._dynamo.mark_static_address does, without importing all of Dynamo, which takes a
     # second: CUDA graphs may write to it where it lies.
     order._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]

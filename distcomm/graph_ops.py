@@ -72,7 +72,7 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def _find_group(call: str, unique_name: str) -> GroupCoordinator:
     """The group of that name; if it is closed, it refuses calls itself."""
     name = unique_name.rpartition("#")[0]
-    group = get_parallel_state().groups.get(name) if is_initialized() else None
+    group = get_parallel_state().find_group(name) if is_initialized() else None
     if group is None or group.unique_name != unique_name:
         raise GroupClosedError(f"{call}: the group '{name}' that this was compiled for is closed")
     return group
@@ -101,12 +101,13 @@ def _all_reduce_into(group: GroupCoordinator, out: torch.Tensor, x: torch.Tensor
 
 
 def _like_norm(
-    _: GroupCoordinator,
+    group: GroupCoordinator,
     x: torch.Tensor,
-    __: torch.Tensor,
+    weight: torch.Tensor,
     residual: torch.Tensor | None,
-    *___: float,
+    *_: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    group.check_norm(x, weight, residual)
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
 
 
@@ -275,7 +276,7 @@ def _broadcast(group: GroupCoordinator, x: torch.Tensor, src: int) -> None:
 
 def _made(result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`result`, or a copy where it is the argument itself, as in a group of one."""
-    return result.clone() if result is x else result
+    return result.clone(memory_format=torch.contiguous_format) if result is x else result
 
 
 def _check_length(call: str, sizes: Shape, group: GroupCoordinator) -> None:

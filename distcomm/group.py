@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from .backends import Backend, RangedTorchPgBackend, TorchPgBackend
 from .checks import check_dim, check_distinct, check_shape
@@ -65,7 +65,9 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, Reductions, FusedCollecti
     ) -> None:
         self.member = member
         self.name = member.name
-        self.unique_name = f"{member.name}#{next(_numbers)}"
+        # Shapes depend on rank and size, and torch's caches on disk know graphs by this name.
+        place = f"{member.rank_in_group}/{member.world_size}"
+        self.unique_name = f"{member.name}#{next(_numbers)}:{place}"
         self.rank = member.rank
         self.ranks = list(member.ranks)
         self.world_size = member.world_size
@@ -125,6 +127,10 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, Reductions, FusedCollecti
         self._refuse_if_closed("device_group")
         return self._communicators.device_group
 
+    def forget_device_group(self) -> None:
+        """The next use of `device_group` asks the communicators for it again. Local."""
+        self._router.forget_device_group()
+
     @property
     def pynccl_comm(self) -> PyNcclCommunicator | None:
         """The NCCL communicator; None on CPU and in a group of one."""
@@ -160,8 +166,11 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, Reductions, FusedCollecti
         }
 
     def close(self) -> None:
-        """Ends the group's use on this rank; its communicators live on for groups that share
-        them. Idempotent. Not collective."""
+        """Ends the group's use on this rank. Idempotent. Not collective.
+
+        Its communicators live on for groups that share them. Those of a group of `create_group`,
+        what it has of the symmetric reserve, and its name stay taken until the state is closed.
+        """
         self._closed = True
         self._in_graph.close()
         self._close_memory()
@@ -175,7 +184,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, Reductions, FusedCollecti
         Args:
             x: the same shape on all ranks, at least one dim.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._in_graph.all_gather(x, dim)
         dim = check_dim("all_gather", dim, x.dim(), self.member)
         if self.world_size == 1:
@@ -195,7 +204,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, Reductions, FusedCollecti
         Returns:
             `output`.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._in_graph.all_gather_into_tensor(output, input)
         backend = self._route("all_gather_into_tensor", input, output)
         return backend.all_gather_into_tensor(output, input)
@@ -213,7 +222,7 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, Reductions, FusedCollecti
         Returns:
             `out`, or a new tensor.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._in_graph.all_gatherv(x, sizes, out)
         return self._route("all_gatherv", x).all_gatherv(x, sizes, out)
 
@@ -268,14 +277,14 @@ class GroupCoordinator(ObjectCollectives, GroupMemory, Reductions, FusedCollecti
         Returns:
             `output`.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._in_graph.all_to_all_single(output, input, output_splits, input_splits)
         backend = self._route("all_to_all_single", input)
         return backend.all_to_all_single(output, input, output_splits, input_splits)
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Overwrites `x` with rank `src`'s; same shape and dtype on all ranks. Returns `x`."""
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._in_graph.broadcast(x, src)
         backend = self._route("broadcast", x)
         if not x.is_contiguous():

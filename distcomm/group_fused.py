@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import overload
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from .checks import materialized
 from .communicators import GroupCommunicators
@@ -79,9 +79,9 @@ class FusedCollectives:
         Returns:
             The normalized sum, like `x`; with `residual` also ``h``, rounded: the next residual.
         """
-        self._check_norm(x, weight, residual)
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._in_graph.all_reduce_rms_norm(x, weight, residual, eps, weight_bias)
+        self.check_norm(x, weight, residual)
         x2 = materialized(x).detach().reshape(-1, x.shape[-1])
         residual2 = None if residual is None else materialized(residual).detach().view_as(x2)
         rows = NormedRows(
@@ -128,9 +128,14 @@ class FusedCollectives:
         scaled = total * torch.rsqrt(mean + rows.eps)
         rows.normed.copy_(scaled * (rows.weight.float() + rows.weight_bias))
 
-    def _check_norm(
+    def check_norm(
         self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
+        """What `all_reduce_rms_norm` requires of its tensors. Local.
+
+        Raises:
+            ArgumentError: they don't fit.
+        """
         problem: tuple[str, str, object] | None = None
         if x.dim() == 0 or not x.dtype.is_floating_point:
             problem = ("x", "floating, with a dim to normalize over", f"{x.dtype} {list(x.shape)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from .backends import Backend
 from .checks import check_dim, materialized
@@ -42,7 +42,7 @@ class Reductions:
         Returns:
             `out`, or a new tensor.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._in_graph.all_reduce(x, op, out)
         if out is None and self._router.depends_on_output("all_reduce", x):
             x = materialized(x)
@@ -68,7 +68,7 @@ class Reductions:
         Returns:
             A new tensor: the r-th of W equal chunks of the sum along `dim`.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._in_graph.reduce_scatter(x, dim, op)
         call = "reduce_scatter"
         share = self.share_shape(call, x, dim)
@@ -89,7 +89,7 @@ class Reductions:
         Returns:
             `output`.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._in_graph.reduce_scatter_tensor(output, input, op)
         backend = self._route("reduce_scatter_tensor", input, output, reduction=op)
         return backend.reduce_scatter_tensor(output, input, op)
@@ -111,7 +111,7 @@ class Reductions:
         Returns:
             `out`, or a new tensor.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._in_graph.reduce_scatterv(x, sizes, out, op)
         return self._route("reduce_scatterv", x).reduce_scatterv(x, sizes, out, op)
 

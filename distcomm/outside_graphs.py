@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch._compile import _disable_dynamo
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 __all__ = ["outside_graphs"]
 
@@ -26,7 +26,7 @@ def outside_graphs(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if is_compiling():
+        if is_dynamo_compiling():
             torch._dynamo.graph_break(msg=reason)
             return disabled(*args, **kwargs)
         return method(*args, **kwargs)

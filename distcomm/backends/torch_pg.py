@@ -67,11 +67,11 @@ class TorchPgBackend:
         call = "all_reduce"
         self._check_reduction(call, x, op)
         if out is None:
-            out = x.clone(memory_format=torch.contiguous_format)
+            out = x.detach().clone(memory_format=torch.contiguous_format)
         else:
             check_output(call, "out", out, [x.shape], x, self._member)
             if out is not x:
-                out.copy_(x)
+                out.copy_(x.detach())
         if out.numel():
             with collective_errors(call, self._member):
                 dist.all_reduce(out, self._torch_op(op), group=self._group)
@@ -85,7 +85,7 @@ class TorchPgBackend:
         root = self._member.rank_in_group == dst
         if root and out is not None:
             check_output("reduce", "out", out, [x.shape], x, self._member)
-        total = x.clone(memory_format=torch.contiguous_format)
+        total = x.detach().clone(memory_format=torch.contiguous_format)
         self._reduce(total, dst, op, "reduce")
         if not root:
             return None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,29 +12,12 @@ import torch._dynamo
 import torch._inductor.config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import distcomm
-from distcomm import GroupClosedError, GroupCoordinator, ParallelState, graph_ops
-from tests.cpu.job import Job, start
-from tests.tp_block import MOST, C, TensorParallelBlock
-from tests.worker_pool import WorkerPool, fresh_init_method
+from distcomm import GroupCoordinator, ParallelState, graph_ops
+from tests.compiled import MOST, C, TensorParallelBlock, dynamo, num_calls
+from tests.cpu.job import Job
+from tests.worker_pool import WorkerPool
 
 ROWS = 6  # of each rank's tensors; divisible by 2 and 3
-
-
-@contextmanager
-def dynamo() -> Iterator[Counter[str]]:
-    """With nothing compiled at the beginning; counts what Dynamo does."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    torch._inductor.config.compile_threads = 1  # no processes of its own for each of the workers
-    stats: Counter[str] = torch._dynamo.utils.counters["stats"]
-    yield stats
-    torch._dynamo.reset()
-
-
-def num_calls(group: GroupCoordinator) -> int:
-    ops = group.stats()["ops"].values()
-    return sum(count["calls"] for backends in ops for count in backends.values())
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +141,10 @@ def alone(state: ParallelState) -> None:
         x = torch.arange(4.0 * ROWS).view(ROWS, 4)
         for each, right in zip(compiled(group, x), all_collectives(group, x), strict=True):
             assert torch.equal(each, right)
+        strided = torch.rand(4, 6).t()
+        for call in (group.all_gatherv, group.reduce_scatterv):
+            same = torch.compile(lambda x, call=call: call(x, [6]), fullgraph=True)(strided)
+            assert torch.equal(same, strided)
         nodes: list[str] = []
 
         def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
@@ -266,129 +251,18 @@ def test_eager_calls_use_no_operators(job: Job) -> None:
 
 
 def gradients(state: ParallelState) -> None:
-    weight = torch.ones(4, 4, requires_grad=True)
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return state.tp.all_reduce(x @ weight) * weight
+
     with dynamo(), warnings.catch_warnings():
         warnings.simplefilter("error")
-
-        @torch.compile(fullgraph=True, backend="aot_eager")
-        def step(x: torch.Tensor) -> torch.Tensor:
-            return state.tp.all_reduce(x @ weight) * weight
-
-        step(torch.ones(4, 4)).sum().backward()
-    assert weight.grad is not None
-    assert torch.equal(weight.grad, torch.full((4, 4), 4.0 * state.tp.world_size))
+        for each in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            weight = torch.ones(4, 4, requires_grad=True)
+            each(torch.ones(4, 4)).sum().backward()
+            assert weight.grad is not None
+            assert torch.equal(weight.grad, torch.full((4, 4), 4.0 * state.tp.world_size))
 
 
 def test_no_gradients_flow_through(job: Job) -> None:
     """Where something else needs some, they are right but for what went through a collective."""
     job.run(gradients)
-
-
-# ---- what can't be in a graph -----------------------------------------------------------------
-
-
-def outside(state: ParallelState) -> None:
-    tp = state.tp
-    plan = distcomm.ContextParallelPlan([5, 3], tp.world_size)
-
-    def step(x: torch.Tensor) -> list[Any]:
-        x = x * 2
-        tp.barrier()
-        results = [tp.reduce(x), tp.gather(x), tp.broadcast_object(x.shape[0])]
-        results += [tp.all_gather_object(x.shape[0]), len(tp.stats()), tp.is_symmetric(x)]
-        if tp.is_first_rank:
-            tp.send(x)
-        else:
-            results.append(tp.recv(x.shape, x.dtype))
-        gathered = x.new_empty(2 * x.shape[0], 4)
-        tp.cp_all_gather_into_tensor_async(gathered, x).wait()
-        with tp.symmetric_memory():
-            y = x + 1
-        shard = y[: plan.tokens_per_rank[tp.rank_in_group]]
-        results += [distcomm.all_gather_kv(tp, plan, shard), gathered + 1]
-        sent = tp.broadcast_tensor_dict({"y": y} if tp.is_first_rank else None)
-        return [*results, sent["y"]]
-
-    with dynamo() as stats:
-        compiled = torch.compile(step, backend="eager")
-        for _ in range(2):
-            x = torch.full((ROWS, 4), float(state.rank))
-            for each, right in zip(compiled(x), step(x), strict=True):
-                same = torch.equal(each, right) if isinstance(each, torch.Tensor) else each == right
-                assert same
-        breaks = torch._dynamo.utils.counters["graph_break"]
-        for method in ("barrier", "reduce", "gather", "send" if tp.is_first_rank else "recv"):
-            wanted = f"distcomm: {method} can't be part of a compiled graph"
-            assert any(wanted in reason for reason in breaks), method
-        # Dynamo looked at `step` and its parts, and into none of what they call.
-        assert stats["unique_graphs"] <= 12, stats
-        for call in (tp.barrier, tp.stats, lambda: distcomm.all_gather_kv(tp, plan, x)):
-            with pytest.raises(torch._dynamo.exc.Unsupported, match="part of a compiled graph"):
-                torch.compile(lambda x, call=call: (call(), x), fullgraph=True)(x)
-
-
-@pytest.mark.timeout(300)
-def test_other_calls_end_a_graph(job: Job) -> None:
-    job.run(outside)
-
-
-# ---- errors -----------------------------------------------------------------------------------
-
-
-def bad_input(state: ParallelState) -> None:
-    tp, x = state.tp, torch.ones(3, 4)
-    for step, message in (
-        (lambda: tp.all_reduce(x, out=torch.empty(4)), r"out must be of shape \[3, 4\]"),
-        (lambda: tp.all_reduce(x, out=x.double()), "out must be of dtype torch.float32"),
-        (lambda: tp.reduce_scatter(x, 0), "x must be divisible by the group size 2 in dim 0"),
-        (lambda: tp.all_gather(x, 2), "dim must be between -2 and 1"),
-        (lambda: tp.all_gather_into_tensor(x, x), r"output must be of shape \[6, 4\]"),
-        (lambda: tp.reduce_scatter_tensor(x[:1], x), "input must be divisible"),
-        (lambda: tp.all_gatherv(x, [3]), "sizes must be 2 row counts"),
-        (lambda: tp.all_to_all_single(x[0], x), r"output must be of shape \[4, 4\]"),
-        (lambda: tp.all_reduce(x, "median"), "op must be one of sum"),
-        (lambda: tp.broadcast(x, 2), "src must be a rank in the group"),
-    ):
-        torch._dynamo.reset()
-        with pytest.raises(RuntimeError, match=message):
-            torch.compile(step, backend="aot_eager", fullgraph=True)()
-    assert torch.equal(tp.all_reduce(x), 2 * x)  # the group is as good as before
-
-
-@pytest.mark.timeout(300)
-def test_bad_input_is_named(job: Job) -> None:
-    job.run(bad_input)
-
-
-def closed_groups(rank: int, world: int, urls: list[str]) -> None:
-    x = torch.ones(3)
-    with dynamo():
-        state = start(rank, world, urls[0], tp=world)
-        tp, alone = state.tp, state.pp
-        of_a_group = torch.compile(lambda x: tp.all_reduce(x) + 1, fullgraph=True)
-        of_one = torch.compile(lambda x: alone.all_reduce(x) + 1, fullgraph=True)
-        by_getter = torch.compile(
-            lambda x: distcomm.get_tp_group().all_reduce(x) + 1, fullgraph=True
-        )
-        for step in (of_a_group, by_getter):
-            assert torch.equal(step(x), world * x + 1)
-        assert torch.equal(of_one(x), x + 1)
-        state.close()
-        message = "the group 'tp' that this was compiled for is closed"
-        for _ in range(2):
-            with pytest.raises(GroupClosedError, match=message):
-                of_a_group(x)
-        with pytest.raises(RuntimeError, match="the group 'pp' that this was compiled for"):
-            of_one(x)
-        with start(rank, world, urls[1], tp=world):
-            with pytest.raises(GroupClosedError, match=message):
-                of_a_group(x)
-            assert torch.equal(by_getter(x), world * x + 1)
-        with pytest.raises(RuntimeError):
-            by_getter(x)
-
-
-@pytest.mark.timeout(300)
-def test_a_destroyed_group() -> None:
-    with WorkerPool(2, timeout_s=200) as pool:
-        pool.run(closed_groups, [fresh_init_method(), fresh_init_method()])

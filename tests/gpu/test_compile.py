@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,27 +11,12 @@ import torch._dynamo
 import torch._inductor.config
 
 from distcomm import GroupClosedError, GroupCoordinator
+from tests.compiled import MOST, C, TensorParallelBlock, dynamo, num_calls
 from tests.gpu.job import start
-from tests.tp_block import MOST, C, TensorParallelBlock
 from tests.worker_pool import WorkerPool, fresh_init_method
 
 # Rounds where torch rounds without a compiler.
 EXACT = {"emulate_precision_casts": True}
-
-
-@contextmanager
-def dynamo() -> Iterator[Counter[str]]:
-    """With nothing compiled at the beginning; counts what Dynamo does."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    torch._inductor.config.compile_threads = 1  # no processes of its own for each of the workers
-    stats: Counter[str] = torch._dynamo.utils.counters["stats"]
-    yield stats
-    torch._dynamo.reset()
-
-
-def num_calls(group: GroupCoordinator) -> int:
-    return int(group.stats()["sequence"])
 
 
 def on_each_batch(

@@ -1,20 +1,42 @@
-"""A tensor-parallel transformer block to be compiled.
+"""For tests of torch.compile: a tensor-parallel transformer block, and Dynamo's counters.
 
 B sequences of one token each, C hidden size, H heads of D of all ranks, S slots of the KV cache.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch._dynamo
+import torch._inductor.config
 from torch import nn
 from torch.nn import functional
 
 from distcomm import GroupCoordinator
 
-__all__ = ["TensorParallelBlock"]
+__all__ = ["MOST", "C", "TensorParallelBlock", "dynamo", "num_calls"]
 
 C, H, D, M, S = 64, 12, 8, 96, 16  # 12 heads: so that 2, 3 and 4 ranks can share them
 MOST = 64  # sequences
+
+
+@contextmanager
+def dynamo() -> Iterator[Counter[str]]:
+    """With nothing compiled at the beginning; counts what Dynamo does."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch._inductor.config.compile_threads = 1  # no processes of its own for each of the workers
+    stats: Counter[str] = torch._dynamo.utils.counters["stats"]
+    yield stats
+    torch._dynamo.reset()
+
+
+def num_calls(group: GroupCoordinator) -> int:
+    """How often the group's backends were called, but for `send` and `recv`."""
+    return int(group.stats()["sequence"])
 
 
 class TensorParallelBlock(nn.Module):
