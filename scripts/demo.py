@@ -82,6 +82,8 @@ def _launch(options: Options, argv: Sequence[str]) -> int:
     """
     say(f"starting {options.nproc} processes")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # No pool of processes for each rank that compiles.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     logging.disable(logging.ERROR)  # the agent's: a rank has said why it failed
     config = LaunchConfig(
         min_nodes=1,
