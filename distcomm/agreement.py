@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from .layout import ParallelLayout
 from .memory import AllocatorSettings, SymmetricPool, block_settings, parse_num_bytes
 from .mesh import describe_mesh, layout_of_mesh
 from .nccl import KnownIssues
-from .rendezvous import Launch, check_in, open_store
+from .rendezvous import Launch, MissedMeetingError, check_in, open_store
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -183,12 +184,19 @@ def agree_on_job(
 
 
 def agree_on_layout(
-    wish: LayoutWish, launch: Launch, store: Store, problem: Exception | None, timeout_s: float
+    wish: LayoutWish,
+    launch: Launch,
+    begin: Callable[[], Store],
+    problem: Exception | None,
+    timeout_s: float,
 ) -> None:
     """All ranks wish the same groups, which can be made, or all raise. Collective.
 
+    A rank that missed a call finds it decided without it, and goes on to the one that the others
+    are at.
+
     Args:
-        store: where they meet, for this and nothing else.
+        begin: goes on to the next place to meet, for this and nothing else.
         problem: why this rank can't make groups now; None if it can.
 
     Raises:
@@ -199,7 +207,10 @@ def agree_on_layout(
         wish.check(launch.world_size)
     except Exception as error:  # noqa: BLE001 - whatever it is, all ranks are told
         problem = problem or error
-    _compared(store, launch, {}, wish.as_json(), problem, timeout_s)
+    while True:
+        with suppress(MissedMeetingError):
+            _compared(begin(), launch, {}, wish.as_json(), problem, timeout_s)
+            return
 
 
 def _compared(
@@ -220,6 +231,8 @@ def _compared(
             failure=None if problem is None else str(problem),
             timeout_s=timeout_s,
         )
+    except MissedMeetingError:
+        raise
     except InitializationError:
         if problem is not None:
             raise problem from None

@@ -6,6 +6,7 @@ What is measured are sums of bf16, and all-gathers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,15 @@ _FEW_ROUNDS = 3
 # By op, kind of tensors and size: bytes of the call's tensor, and microseconds by algorithm for
 # each of `CALLS`.
 Measured = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Tensors of which calls take the first part."""
+
+    whole: torch.Tensor
+    other: torch.Tensor
+    symmetric: bool
 
 
 def calibrate(group: GroupCoordinator) -> AlgorithmTable:
@@ -67,14 +77,16 @@ def measure(
         calls: of `CALLS`.
 
     Raises:
-        DistcommError: the group has no kernels to choose among.
+        DistcommError: the group has no kernels to choose among, or a rank has no memory for the
+            tensors; then on all ranks.
     """
     if group.kernels is None:
         raise DistcommError(f"calibration: no kernels can run collectives [{group.member}]")
+    pairs = {tensors: _allocated(group, max(sizes), tensors) for tensors in TENSORS}
     return {
         op: {
-            tensors: [_row(op, group, size, tensors, num_rounds, calls) for size in sizes]
-            for tensors in TENSORS
+            tensors: [_row(op, group, size, pair, num_rounds, calls) for size in sizes]
+            for tensors, pair in pairs.items()
         }
         for op in MEASURED
     }
@@ -139,27 +151,45 @@ def ranges(rows: Sequence[tuple[int, dict[str, float]]]) -> list[list[Any]]:
     return chosen
 
 
+def _allocated(group: GroupCoordinator, num_bytes: int, tensors: str) -> _Pair:
+    """What is timed, on all ranks or on none: the others' kernels would wait for a rank without.
+    Collective.
+
+    Raises:
+        DistcommError: there is no memory on some rank; on all.
+    """
+    problem = None
+    try:
+        with group.symmetric_memory(enabled=tensors == "symmetric"):
+            whole = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=group.device)
+            other = torch.zeros_like(whole)
+    except RuntimeError as error:  # torch's, too
+        problem = str(error)
+    problems = group.all_gather_object(problem)
+    failures = {rank: text for rank, text in zip(group.ranks, problems, strict=True) if text}
+    if failures:
+        raise DistcommError(f"calibration: no {tensors} tensors: {failures} [{group.member}]")
+    return _Pair(whole, other, tensors == "symmetric")
+
+
 def _row(
     op: str,
     group: GroupCoordinator,
     size: int,
-    tensors: str,
+    pair: _Pair,
     num_rounds: int,
     calls: Sequence[str],
 ) -> dict[str, Any]:
-    symmetric = tensors == "symmetric"
     grain = 16 * group.world_size
     size = size // grain * grain
-    with group.symmetric_memory(enabled=symmetric):
-        whole = torch.zeros(size // 2, dtype=torch.bfloat16, device=group.device)
-        other = torch.zeros_like(whole)
+    whole, other = pair.whole[: size // 2], pair.other[: size // 2]
     share = other[: len(other) // group.world_size]
     x, output = {
         "all_reduce": (whole, other),
         "all_gather": (share, whole),
         "reduce_scatter": (whole, share),
     }[op]
-    ways = algorithm_calls(op, group, x, output, symmetric=symmetric)
+    ways = algorithm_calls(op, group, x, output, symmetric=pair.symmetric)
     row: dict[str, Any] = {"bytes": x.nbytes}
     for call in calls:
         row[call] = timed(group, ways, size, num_rounds, kind=CALLS[call])

@@ -137,7 +137,7 @@ class GroupCommunicators:
                     timeout_s=job.timeout_s,
                 )
                 self._prepare(self.pynccl)
-        except Exception:
+        except BaseException:
             self.close()
             raise
 
@@ -174,6 +174,12 @@ class GroupCommunicators:
         """Takes the caller's NCCL process group of these ranks for the `device_group` of a CUDA
         job. It isn't destroyed here. Local."""
         self._adopted = group
+
+    def forget_adopted(self) -> None:
+        """Undoes `adopt_device_group`: the next `device_group` is made here. Local."""
+        if self._device_group is self._adopted:
+            self._device_group = None
+        self._adopted = None
 
     def wait_for_all(self) -> None:
         """Waits on the host until all ranks have come. Collective.

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import env
 from .agreement import JobWish, LayoutWish, agree_on_job
-from .errors import AlreadyInitializedError, ArgumentError, DistcommError, NotInitializedError
+from .errors import AlreadyInitializedError, ArgumentError, NotInitializedError
 from .group import GroupCoordinator
 from .group_memory import GraphCapture
 from .mesh import device_of_mesh
@@ -295,7 +295,7 @@ def _initialize(
     if layout is not None:
         try:
             state.lay_out(layout, agreed=True)
-        except DistcommError:
+        except BaseException:  # also an interrupt: nothing is left half-made
             state.close()
             raise
     _current = state

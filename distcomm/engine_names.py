@@ -1,17 +1,22 @@
 """The names that SGLang, vLLM and Megatron have for groups, their sizes and ranks: data alone.
 
-Keys are our groups, and three kinds of context parallelism, each of which is the cp group in some
-layouts only. `parallel_state.py` makes functions of these names.
+Keys are our groups, and four groups that depend on the layout of cp. `parallel_state.py` makes
+functions of these names.
 """
 
-__all__ = ["ATTRIBUTES", "CP_LAYOUTS", "GROUPS", "SIZES_AND_RANKS"]
+__all__ = ["ATTRIBUTES", "BY_CP_LAYOUT", "GROUPS", "SIZES_AND_RANKS"]
 
-CP_LAYOUTS = {
-    "attention_cp": ("inside_tp", "beside_tp"),
-    "decode_cp": ("adjacent_in_tp",),
-    "prefill_cp": ("beside_tp",),
+BY_CP_LAYOUT = {
+    "attention_cp": {"inside_tp": "cp", "beside_tp": "cp", "adjacent_in_tp": "rank_alone"},
+    "decode_cp": {"inside_tp": "rank_alone", "beside_tp": "rank_alone", "adjacent_in_tp": "cp"},
+    "prefill_cp": {"inside_tp": "rank_alone", "beside_tp": "cp", "adjacent_in_tp": "rank_alone"},
+    "attention_tp": {"inside_tp": "attn_tp", "beside_tp": "attn_tp", "adjacent_in_tp": "tp"},
 }
-"""In which layouts a kind of context parallelism is the cp group. In others it has size 1."""
+"""What is which of our groups by `cp_layout`. A kind of cp that a layout hasn't is one rank alone.
+
+Decode context parallelism splits the cache and not the weights of attention, whose tensor
+parallelism stays all of tp.
+"""
 
 GROUPS = {
     "world": ("get_world_group",),
@@ -23,7 +28,7 @@ GROUPS = {
     ),
     "decode_cp": ("get_dcp_group", "get_context_model_parallel_group"),
     "prefill_cp": ("get_pcp_group",),
-    "attn_tp": ("get_attn_tp_group", "get_attention_tp_group"),
+    "attention_tp": ("get_attn_tp_group", "get_attention_tp_group"),
     "pp": ("get_pp_group", "get_pipeline_model_parallel_group"),
     "dp": ("get_dp_group", "get_data_parallel_group"),
     "ep": ("get_ep_group", "get_moe_ep_group", "get_expert_model_parallel_group"),
@@ -50,7 +55,7 @@ SIZES_AND_RANKS = {
             "get_prefill_context_model_parallel_rank",
         ),
     ),
-    "attn_tp": (
+    "attention_tp": (
         ("get_attn_tensor_model_parallel_world_size", "get_attn_tensor_model_parallel_rank"),
         ("get_attention_tp_size", "get_attention_tp_rank"),
     ),

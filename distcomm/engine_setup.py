@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from datetime import timedelta
@@ -26,11 +27,17 @@ __all__ = [
 _DEVICES = {"nccl": "cuda", "gloo": "cpu", None: "auto"}
 _CP_LAYOUTS = {
     "attention_context_model_parallel_size": "inside_tp",
-    "context_parallel_size": "beside_tp",
     "prefill_context_model_parallel_size": "beside_tp",
+    "context_parallel_size": "beside_tp",
     "decode_context_model_parallel_size": "adjacent_in_tp",
     "decode_context_parallel_size": "adjacent_in_tp",
 }
+_AXES = {
+    "tensor_model_parallel_size": "tp",
+    "pipeline_model_parallel_size": "pp",
+    "expert_model_parallel_size": "ep",
+}
+_HAVE_TO_BE_1 = ("attention_data_parallel_size", "moe_data_model_parallel_size")
 
 
 def init_distributed_environment(
@@ -113,57 +120,63 @@ def initialize_model_parallel(  # noqa: PLR0913 - the engines' arguments
             rank, naming it.
     """
     state = get_parallel_state()
-    context_sizes = {
+    arguments = {
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        "expert_model_parallel_size": expert_model_parallel_size,
         "attention_context_model_parallel_size": attention_context_model_parallel_size,
         "context_parallel_size": context_parallel_size,
         "prefill_context_model_parallel_size": prefill_context_model_parallel_size,
-        "decode_context_model_parallel_size": decode_context_model_parallel_size or 1,
+        "decode_context_model_parallel_size": decode_context_model_parallel_size,
         "decode_context_parallel_size": decode_context_parallel_size,
+        "attention_data_parallel_size": attention_data_parallel_size,
+        "moe_data_model_parallel_size": moe_data_model_parallel_size,
+        "backend": backend,
+        "symmetric_reserve": symmetric_reserve,
     }
-    cp, cp_layout, problem = _context_parallelism(context_sizes)
-    sizes = {
-        "tp": tensor_model_parallel_size,
-        "cp": cp,
-        "pp": pipeline_model_parallel_size,
-        "ep": expert_model_parallel_size,
-    }
-    sizes["dp"] = _what_is_left(state.world_size, sizes, cp_layout)
-    wish = LayoutWish(sizes, cp_layout=cp_layout, symmetric_reserve=symmetric_reserve)
-    if _DEVICES.get(backend, "") not in ("auto", state.device.type):
-        requirement = f"None, or the one of {state.device.type}, on which this job runs"
-        problem = _refused("backend", requirement, backend)
-    for name, value in (
-        ("attention_data_parallel_size", attention_data_parallel_size),
-        ("moe_data_model_parallel_size", moe_data_model_parallel_size),
-    ):
-        if value != 1:
-            problem = _refused(name, "1, as there are no such groups of more ranks", value)
+    wish, problem = _wish(state, arguments)
     state.lay_out(wish, problem=problem)
     return state
 
 
 def ensure_model_parallel_initialized(
-    tensor_model_parallel_size: int, pipeline_model_parallel_size: int, **arguments: Any
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    prefill_context_model_parallel_size: int = 1,
+    decode_context_model_parallel_size: int | None = 1,
+    backend: str | None = None,
+    **options: Any,
 ) -> ParallelState:
-    """`initialize_model_parallel`, unless there are groups already, which must be of these sizes.
+    """`initialize_model_parallel`, unless there are groups already: then they must be those that
+    these arguments would make, sizes that are left out included.
+
+    Args:
+        options: the other arguments of `initialize_model_parallel`. ``symmetric_reserve`` counts
+            only where groups are made.
 
     Raises:
-        ArgumentError: there are groups of another size of tp or pp.
+        ArgumentError: there are groups already, and this argument is another one than theirs.
+        LayoutError: there are groups already, and an argument is no size.
     """
+    arguments = {
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        "prefill_context_model_parallel_size": prefill_context_model_parallel_size,
+        "decode_context_model_parallel_size": decode_context_model_parallel_size,
+        "backend": backend,
+        **options,
+    }
     if not model_parallel_is_initialized():
-        return initialize_model_parallel(
-            tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-            **arguments,
-        )
+        return initialize_model_parallel(**arguments)
     state = get_parallel_state()
-    for name, wanted, there in (
-        ("tensor_model_parallel_size", tensor_model_parallel_size, state.layout.tp),
-        ("pipeline_model_parallel_size", pipeline_model_parallel_size, state.layout.pp),
-    ):
-        if wanted != there:
-            requirement = f"{there}, as there are groups already [rank {state.rank}]"
-            raise _refused(name, requirement, wanted)
+    bound = inspect.signature(initialize_model_parallel).bind(**arguments)
+    bound.apply_defaults()
+    wish, problem = _wish(state, bound.arguments)
+    if problem is None:
+        problem = _difference(state, bound.arguments, wish)
+    if problem is not None:
+        raise problem
+    wish.check(state.world_size)
     return state
 
 
@@ -184,6 +197,52 @@ def destroy_distributed_environment() -> None:
 
 
 # ---- sizes ----------------------------------------------------------------------------------
+
+
+def _wish(
+    state: ParallelState, arguments: Mapping[str, Any]
+) -> tuple[LayoutWish, ArgumentError | None]:
+    """What all arguments of `initialize_model_parallel` ask for, and what is wrong with them."""
+    cp, cp_layout, problem = _context_parallelism(_context_sizes(arguments))
+    sizes = {axis: arguments[name] for name, axis in _AXES.items()}
+    sizes["cp"] = cp
+    sizes["dp"] = _what_is_left(state.world_size, sizes, cp_layout)
+    backend = arguments["backend"]
+    if _DEVICES.get(backend, "") not in ("auto", state.device.type):
+        requirement = f"None, or the one of {state.device.type}, on which this job runs"
+        problem = _refused("backend", requirement, backend)
+    for name in _HAVE_TO_BE_1:
+        if arguments[name] != 1:
+            requirement = "1, as there are no such groups of more ranks"
+            problem = _refused(name, requirement, arguments[name])
+    reserve = arguments["symmetric_reserve"]
+    return LayoutWish(sizes, cp_layout=cp_layout, symmetric_reserve=reserve), problem
+
+
+def _difference(
+    state: ParallelState, arguments: Mapping[str, Any], wish: LayoutWish
+) -> ArgumentError | None:
+    """Which argument asks for another layout than there is."""
+    layout = state.layout
+    given = {**arguments, **_context_sizes(arguments)}
+    expected = {name: getattr(layout, axis) for name, axis in _AXES.items()}
+    expected.update(dict.fromkeys(_CP_LAYOUTS, 1))
+    kind = [name for name, cp_layout in _CP_LAYOUTS.items() if cp_layout == layout.cp_layout]
+    named = [name for name in kind if given[name] != 1] or kind[:1]
+    expected.update(dict.fromkeys(named, layout.cp))
+    for name, there in expected.items():
+        if given[name] != there:
+            requirement = f"{there}, as there are groups already [rank {state.rank}]"
+            return _refused(name, requirement, given[name], "ensure_model_parallel_initialized")
+    return None
+
+
+def _context_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of all kinds of context parallelism."""
+    sizes = {name: arguments[name] for name in _CP_LAYOUTS}
+    if sizes["decode_context_model_parallel_size"] is None:  # vLLM's for none
+        sizes["decode_context_model_parallel_size"] = 1
+    return sizes
 
 
 def _context_parallelism(sizes: Mapping[str, Any]) -> tuple[Any, str, ArgumentError | None]:
@@ -208,5 +267,7 @@ def _what_is_left(world_size: int, sizes: Mapping[str, Any], cp_layout: str) -> 
     return max(1, world_size // product)
 
 
-def _refused(argument: str, requirement: str, actual: object) -> ArgumentError:
-    return ArgumentError(argument, requirement, repr(actual), call="initialize_model_parallel")
+def _refused(
+    argument: str, requirement: str, actual: object, call: str = "initialize_model_parallel"
+) -> ArgumentError:
+    return ArgumentError(argument, requirement, repr(actual), call=call)

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from .algorithms import AlgorithmTable
 from .backends import KernelCollectives, check_range_kind
 from .calibration import calibrate
 from .communicators import GroupCommunicators, JobContext
-from .errors import DistcommError, GroupMember
+from .errors import GroupMember
 from .group import GroupCoordinator
 from .group_memory import CHANNEL_BYTES
+from .group_steps import GroupSteps
 from .kernels import MOST_RANKS
 from .layout import AXES, ParallelLayout
 from .memory import PeerChannel, SymmetricPool
 from .process_groups import create_default_process_group
-from .rendezvous import Launch, pass_stage
+from .rendezvous import Launch
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["JobGroups"]
+__all__ = ["ALONE", "JobGroups"]
 
-# gloo tries this much longer than its timeout to connect to a rank that has failed.
-_GIVING_UP_S = 10.0
+ALONE = "rank_alone"
+"""The group of this rank alone, which comes with a layout, for what the layout doesn't have."""
 
 
 class JobGroups:
@@ -54,9 +52,7 @@ class JobGroups:
         self.range_kind = job.profiler_ranges
         self._launch = launch
         self._job = job
-        self._store: Store = job.store
-        # What all ranks count alike: layouts begun and ended. Names in the store begin with it.
-        self._epoch = 0
+        self._steps = GroupSteps(launch, job.store, job.timeout_s)
         self._everyone = tuple(range(launch.world_size))
         self._reserved_bytes = 0  # of what layouts have reserved: for users
         self._page_bytes: int | None = None  # and for mailboxes and flags
@@ -69,22 +65,20 @@ class JobGroups:
     def make_world(self) -> GroupCoordinator:
         """The group of all ranks."""
         member = GroupMember("world", self._everyone, self._launch.rank)
-        with self._together("world", member.ranks):
+        with self._steps.together("world", member.ranks):
             default_group = None
             if self._launch.init_method is not None:
                 default_group = create_default_process_group(
                     member.rank, member.world_size, self._job.store, self._job.timeout_s
                 )
             self.communicators[self._everyone] = GroupCommunicators(
-                member, self._job, self._unique_name(self._everyone), default_group
+                member, self._job, self._steps.layout_name(self._everyone), default_group
             )
             return self._add(member)
 
     def begin_layout(self) -> Store:
         """Where all ranks meet while they make the next layout."""
-        self._epoch += 1
-        self._store = c10d.PrefixStore(f"layout/{self._epoch}", self._job.store)
-        return self._store
+        return self._steps.begin_layout()
 
     def lay_out(self, layout: ParallelLayout, reserved_bytes: int) -> None:
         """The groups of all axes, after `begin_layout`.
@@ -101,8 +95,9 @@ class JobGroups:
                 self._add(member)
                 continue
             made.add(ranks)
-            with self._together(axis, ranks):
+            with self._steps.together(axis, ranks):
                 self._add(member)
+        self._add(GroupMember(ALONE, (self._launch.rank,), self._launch.rank))
         if pool is not None:
             several = [ranks for ranks in made if 1 < len(ranks) <= MOST_RANKS]
             self._reserve(pool, reserved_bytes, len(several))
@@ -115,14 +110,18 @@ class JobGroups:
     # ---- collective among the ranks of a group ----------------------------------------------
 
     def create(self, member: GroupMember) -> GroupCoordinator:
-        """Another group, with all that groups have by now."""
+        """Another group, with all that groups have by now; or nothing of it stays."""
         ranks = member.ranks
-        if ranks not in self.communicators:
-            self.communicators[ranks] = self._complete_communicators(member)
-        group = self._add(member)
-        if self._uses_kernels and self._reserved_bytes and group.world_size > 1:
-            group.enable_kernels()
-            self._calibrate([group])
+        try:
+            if ranks not in self.communicators:
+                self.communicators[ranks] = self._complete_communicators(member)
+            group = self._add(member)
+            if self._uses_kernels and self._reserved_bytes and group.world_size > 1:
+                group.enable_kernels()
+                self._calibrate([group])
+        except BaseException:  # also an interrupt
+            self._remove([member.name])
+            raise
         return group
 
     # ---- local ------------------------------------------------------------------------------
@@ -136,19 +135,11 @@ class JobGroups:
 
     def clear_layout(self) -> None:
         """Closes the groups of all axes, and what only they communicated through."""
-        self._epoch += 1
-        closed = {axis: self.by_name.pop(axis) for axis in AXES if axis in self.by_name}
-        for axis, group in closed.items():
-            group.close()
-            communicators = self.communicators.get(group.member.ranks)
-            if communicators is not None:
-                communicators.no_longer_serve(axis)
-        used = {self._everyone, *(group.member.ranks for group in self.by_name.values())}
-        for ranks in [ranks for ranks in self.communicators if ranks not in used]:
-            communicators = self.communicators.pop(ranks)
-            communicators.close()
-            if isinstance(communicators.channel, PeerChannel):
-                self._unreleased.append(communicators.channel)
+        self._remove((*AXES, ALONE))
+        for communicators in self.communicators.values():
+            communicators.forget_adopted()
+        for group in self.by_name.values():
+            group.forget_device_group()
 
     def adopt_device_groups(self, mesh: DeviceMesh) -> None:
         """Takes a mesh's NCCL process groups for `device_group`s, instead of making more."""
@@ -182,7 +173,7 @@ class JobGroups:
         ranks = member.ranks
         if ranks not in self.communicators:
             self.communicators[ranks] = GroupCommunicators(
-                member, self._job, self._unique_name(ranks)
+                member, self._job, self._steps.layout_name(ranks)
             )
         self.communicators[ranks].serve(member.name)
         group = GroupCoordinator(member, self.communicators[ranks], self._job)
@@ -190,18 +181,33 @@ class JobGroups:
         self.by_name[member.name] = group
         return group
 
+    def _remove(self, names: Iterable[str]) -> None:
+        """Closes those groups of these names that there are, and what only they used."""
+        for name in names:
+            group = self.by_name.pop(name, None)
+            if group is not None:
+                group.close()
+                self.communicators[group.member.ranks].no_longer_serve(name)
+        used = {self._everyone, *(group.member.ranks for group in self.by_name.values())}
+        for ranks in [ranks for ranks in self.communicators if ranks not in used]:
+            communicators = self.communicators.pop(ranks)
+            communicators.close()
+            if isinstance(communicators.channel, PeerChannel):
+                self._unreleased.append(communicators.channel)
+
     def _complete_communicators(self, member: GroupMember) -> GroupCommunicators:
         """With windows of what there is already, and not before all ranks have made theirs."""
-        communicators = GroupCommunicators(member, self._job, self._unique_name(member.ranks))
+        name = self._steps.meet_members(member)
+        communicators = GroupCommunicators(member, self._job, name)
         if member.world_size == 1:
             return communicators
         try:
             if communicators.windows is not None:
                 communicators.windows.count_common()
                 communicators.windows.register_common()
-            # As in `_together`: none may close while another one still connects to it.
+            # As in `GroupSteps.together`: none may close while another one still connects to it.
             communicators.wait_for_all()
-        except RuntimeError:
+        except BaseException:
             communicators.close()
             raise
         return communicators
@@ -219,10 +225,10 @@ class JobGroups:
             if slab_bytes:
                 if problem is None:
                     ordinal, problem = pool.make_initial_slab(slab_bytes)
-                self._pass("symmetric/slab", problem)
+                self._steps.pass_stage("symmetric/slab", problem)
                 problem = self._problem_of(pool.register_new)
-            self._pass("symmetric/windows", problem)
-        except DistcommError:
+            self._steps.pass_stage("symmetric/windows", problem)
+        except BaseException:
             if ordinal is not None:
                 pool.drop_slab(ordinal)
             raise
@@ -235,7 +241,7 @@ class JobGroups:
         """What goes wrong on this rank, which the others are told of."""
         try:
             work()
-        except RuntimeError as error:  # torch's, too
+        except Exception as error:  # noqa: BLE001 - whatever it is, all ranks are told
             return str(error)
         return None
 
@@ -249,12 +255,12 @@ class JobGroups:
                 if group.world_size > 1:
                     group.enable_kernels()
 
-        self._pass("symmetric/kernels", self._problem_of(enable))
+        self._steps.pass_stage("symmetric/kernels", self._problem_of(enable))
 
     def _calibrate_all(self) -> None:
         if self._job.tune == "startup":
             problem = self._problem_of(lambda: self._calibrate(self.by_name.values()))
-            self._pass("calibration", problem)
+            self._steps.pass_stage("calibration", problem)
 
     def _calibrate(self, groups: Iterable[GroupCoordinator]) -> None:
         """Measures which algorithms are the fastest, if asked to, once for each size of a group."""
@@ -270,30 +276,3 @@ class JobGroups:
             self._tables[group.world_size] = table
             group.use_table(table)
             done.append(group.kernels)
-
-    @contextmanager
-    def _together(self, axis: str, ranks: tuple[int, ...]) -> Iterator[None]:
-        """The body makes the group of `axis`: on all ranks, or it fails on all of them.
-
-        No rank goes on before all have made theirs, so that none can close while another one
-        still connects to it.
-        """
-        if len(ranks) == 1:
-            yield
-            return
-        failure = None
-        try:
-            yield
-        except RuntimeError as error:
-            failure = f"making the {axis} group failed: {error}"
-        self._pass(f"groups/{axis}", failure)
-
-    def _pass(self, stage: str, failure: str | None) -> None:
-        """All ranks get past a stage, or all raise the same error."""
-        wait_s = 2 * self._job.timeout_s + _GIVING_UP_S
-        pass_stage(self._store, self._launch, stage, failure, wait_s)
-
-    def _unique_name(self, ranks: tuple[int, ...]) -> str:
-        """A name for a set of ranks that is the same on all of them, and that no other one had."""
-        digest = hashlib.sha256(repr((self._epoch, ranks)).encode()).hexdigest()
-        return f"distcomm/{digest[:32]}"

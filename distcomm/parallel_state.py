@@ -3,7 +3,8 @@
 An engine swaps its import: all are spellings of what the `ParallelState` in force has, and there is
 no state here. Which is which is in tables (`engine_names.py`, and `COLLECTIVES` below);
 `docs/migration.md` says what differs. A name says no more than its engine means by it:
-`get_dcp_group` is the cp group of a layout that was made for decode context parallelism.
+`get_dcp_group` is the cp group of a layout that was made for decode context parallelism, and one
+rank alone in others.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .current import (
     is_initialized,
     lay_out_world,
 )
-from .engine_names import ATTRIBUTES, CP_LAYOUTS, GROUPS, SIZES_AND_RANKS
+from .engine_names import ATTRIBUTES, BY_CP_LAYOUT, GROUPS, SIZES_AND_RANKS
 from .engine_setup import (
     destroy_distributed_environment,
     destroy_model_parallel,
@@ -33,29 +34,19 @@ from .engine_setup import (
     initialize_model_parallel,
     model_parallel_is_initialized,
 )
-from .errors import ArgumentError, NotInitializedError
+from .errors import ArgumentError
 from .group import GroupCoordinator
 from .group_memory import GraphCapture
-from .state import ParallelState
 
 # ---- groups, sizes and ranks ----------------------------------------------------------------
 
 
 def _group(of: str) -> GroupCoordinator:
     state = get_parallel_state()
-    if of in CP_LAYOUTS:
-        if not _has_cp(state, of):
-            raise NotInitializedError(
-                f"there is no {of} group: cp is {state.layout.cp_layout} in this layout, and not "
-                f"{' or '.join(CP_LAYOUTS[of])} [rank {state.rank}]"
-            )
-        of = "cp"
+    if of in BY_CP_LAYOUT:
+        of = BY_CP_LAYOUT[of][state.layout.cp_layout]
     group: GroupCoordinator = getattr(state, of)
     return group
-
-
-def _has_cp(state: ParallelState, of: str) -> bool:
-    return state.layout.cp == 1 or state.layout.cp_layout in CP_LAYOUTS[of]
 
 
 def _group_getter(of: str) -> Callable[..., Any]:
@@ -68,18 +59,6 @@ def _group_getter(of: str) -> Callable[..., Any]:
 def _attribute_getter(of: str, attribute: str) -> Callable[..., Any]:
     def getter() -> Any:
         return getattr(_group(of), attribute)
-
-    return getter
-
-
-def _number_getter(of: str, attribute: str, alone: int) -> Callable[..., Any]:
-    """`alone` where there is no such context parallelism, as if this rank were its group."""
-
-    def getter() -> int:
-        if of in CP_LAYOUTS and not _has_cp(get_parallel_state(), of):
-            return alone
-        number: int = getattr(_group(of), attribute)
-        return number
 
     return getter
 
@@ -148,16 +127,19 @@ COLLECTIVES: dict[str, tuple[Callable[..., Any], str]] = {
         _all_reduce_rms_norm("tp"),
         "tp.all_reduce_rms_norm",
     ),
-    "attention_tensor_model_parallel_all_reduce": (_all_reduce("attn_tp"), "attn_tp.all_reduce"),
+    "attention_tensor_model_parallel_all_reduce": (
+        _all_reduce("attention_tp"),
+        "attention_tp.all_reduce",
+    ),
     "moe_tensor_model_parallel_all_reduce": (_all_reduce("moe_tp"), "moe_tp.all_reduce"),
     "moe_expert_parallel_all_reduce": (_all_reduce("ep"), "ep.all_reduce"),
     "attn_cp_all_gather_into_tensor": (
         _into_tensor("attention_cp", "all_gather_into_tensor"),
-        "cp.all_gather_into_tensor",
+        "attention_cp.all_gather_into_tensor",
     ),
     "attn_cp_reduce_scatter_tensor": (
         _into_tensor("attention_cp", "reduce_scatter_tensor"),
-        "cp.reduce_scatter_tensor",
+        "attention_cp.reduce_scatter_tensor",
     ),
     "broadcast_tensor_dict": (_broadcast_tensor_dict("tp"), "tp.broadcast_tensor_dict"),
 }
@@ -185,16 +167,13 @@ def graph_capture(
 
 
 def in_the_same_node_as(
-    group: GroupCoordinator | dist.ProcessGroup, source_rank: int = 0
+    pg: GroupCoordinator | dist.ProcessGroup, source_rank: int = 0
 ) -> list[bool]:
     """For each rank of a group, whether it is on the same host as the group's `source_rank`.
 
     Local: the ranks have told each other when the job began.
     """
-    if isinstance(group, GroupCoordinator):
-        ranks = group.ranks
-    else:
-        ranks = dist.get_process_group_ranks(group)
+    ranks = pg.ranks if isinstance(pg, GroupCoordinator) else dist.get_process_group_ranks(pg)
     if type(source_rank) is not int or not 0 <= source_rank < len(ranks):
         requirement = f"a rank in the group, from 0 to {len(ranks) - 1}"
         raise ArgumentError("source_rank", requirement, source_rank, call="in_the_same_node_as")
@@ -209,22 +188,23 @@ def get_node_count() -> int:
 
 def is_local_first_rank() -> bool:
     """Whether this is the first process on its host."""
-    return get_parallel_state().local_rank == 0
+    state = get_parallel_state()
+    return state.hosts.index(state.hosts[state.rank]) == state.rank
 
 
 # ---- the module's names ---------------------------------------------------------------------
 
 
 def _made() -> dict[str, Callable[..., Any]]:
-    """The functions of all tables by name. Those that `current` has are its own."""
+    """The functions of all tables by name. Those that `current` has for the same are its own."""
     made: dict[str, tuple[Callable[..., Any], str]] = {}
     for of, names in GROUPS.items():
         for name in names:
             made[name] = _group_getter(of), f"The {of} group."
     for of, pairs in SIZES_AND_RANKS.items():
         for size, rank in pairs:
-            made[size] = _number_getter(of, "world_size", 1), f"Size of the {of} group."
-            made[rank] = _number_getter(of, "rank_in_group", 0), f"Rank in the {of} group."
+            made[size] = _attribute_getter(of, "world_size"), f"Size of the {of} group."
+            made[rank] = _attribute_getter(of, "rank_in_group"), f"Rank in the {of} group."
     for name, (of, attribute) in ATTRIBUTES.items():
         made[name] = _attribute_getter(of, attribute), f"`{attribute}` of the {of} group."
     for name, (function, what) in COLLECTIVES.items():
@@ -232,7 +212,9 @@ def _made() -> dict[str, Callable[..., Any]]:
     for name, (function, doc) in made.items():
         function.__name__ = function.__qualname__ = name
         function.__doc__ = doc
-    return {name: getattr(current, name, function) for name, (function, _) in made.items()}
+    found = {name: function for name, (function, _) in made.items()}
+    same = [name for of in GROUPS.keys() - BY_CP_LAYOUT for name in GROUPS[of]]
+    return {**found, **{name: getattr(current, name, found[name]) for name in same}}
 
 
 if TYPE_CHECKING:

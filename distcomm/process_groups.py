@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from .errors import CollectiveError, DistcommError, GroupMember
+from .errors import CollectiveError, DistcommError, GroupMember, InitializationError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 __all__ = [
     "all_gather_single",
+    "building_errors",
     "collective_errors",
     "create_default_process_group",
     "create_process_group",
@@ -144,3 +145,15 @@ def collective_errors(call: str, member: GroupMember) -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise CollectiveError(call, error, member=member) from error
+
+
+@contextmanager
+def building_errors(rank: int) -> Iterator[None]:
+    """Turns what torch raises while groups are made into `InitializationError`."""
+    try:
+        yield
+    except DistcommError:
+        raise
+    except RuntimeError as error:
+        what = "building the process groups failed"
+        raise InitializationError(what, {rank: str(error)}, rank=rank) from error

@@ -24,10 +24,14 @@ from .meeting import absent_ranks, meet
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["Launch", "check_in", "find_launch", "open_store", "pass_stage"]
+__all__ = ["Launch", "MissedMeetingError", "check_in", "find_launch", "open_store", "pass_stage"]
 
 _ENV_METHOD = "env://"
 _ACKNOWLEDGE_S = 5.0
+
+
+class MissedMeetingError(InitializationError):
+    """The others have met and decided without this rank."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ def check_in(
         All ranks' reports, in rank order.
 
     Raises:
-        InitializationError: a rank failed, disagrees with most, or didn't come.
+        InitializationError: a rank failed, disagrees with most, or didn't come; a
+            `MissedMeetingError` on one that came too late.
     """
     mine = {"report": dict(report), "agree": dict(must_agree), "failure": failure}
     what = "initialization failed"
@@ -153,6 +158,8 @@ def check_in(
         raise InitializationError(what, failures, rank=launch.rank) from error
     failures = _judge(hellos, timeout_s)
     _acknowledge(store, launch.rank, len(hellos) - len(absent_ranks(hellos)))
+    if hellos[launch.rank] is None:
+        raise MissedMeetingError(what, failures, rank=launch.rank)
     if failures:
         raise InitializationError(what, failures, rank=launch.rank)
     return [hello["report"] for hello in hellos if hello is not None]

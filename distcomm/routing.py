@@ -21,7 +21,7 @@ from .backends import (
     ranged,
 )
 from .communicators import GroupCommunicators, JobContext
-from .dispatch import GroupFacts, Request, choose_backend
+from .dispatch import Choice, GroupFacts, Request, choose_backend
 from .errors import ArgumentError, GroupClosedError, GroupMember
 
 __all__ = ["Router"]
@@ -51,6 +51,8 @@ _Mode = tuple[bool, str | None]
 
 _NO_RANGE = nullcontext()
 
+_DEVICE_GROUP = "torch_nccl"
+
 
 class _Counter:
     """How often one way was taken, and the sequence number of the last time."""
@@ -63,16 +65,22 @@ class _Counter:
         self.num_bytes = 0
         self.last = 0
 
+    def add(self, other: _Counter) -> None:
+        self.calls += other.calls
+        self.num_bytes += other.num_bytes
+        self.last = max(self.last, other.last)
+
 
 class _Route(_Counter):
     """The backend of one kind of call, and what it adds to the sequence number."""
 
-    __slots__ = ("backend", "fallback_reason", "step")
+    __slots__ = ("backend", "fallback_reason", "step", "uses")
 
-    def __init__(self, backend: Backend, name: str, fallback_reason: str | None, step: int) -> None:
+    def __init__(self, backend: Backend, name: str, choice: Choice, step: int) -> None:
         super().__init__(name)
         self.backend = backend
-        self.fallback_reason = fallback_reason
+        self.uses = choice.backend
+        self.fallback_reason = choice.fallback_reason
         self.step = step
 
 
@@ -202,9 +210,9 @@ class Router:
 
         After `close()`, those of the time before.
         """
-        if self._closed:
-            return self._stats_at_close
         routes = list(self._routes.items())  # at once, as calls may go on
+        if self._closed:  # asked after that, as it may be closed meanwhile
+            return self._stats_at_close
         counters: list[tuple[str, _Counter]] = [(key[0], route) for key, route in routes]
         counters += [(key[0], counter) for key, counter in list(self._others.items())]
         ops: dict[str, dict[str, dict[str, int]]] = {}
@@ -230,12 +238,21 @@ class Router:
             "fallbacks": {op: dict(counted) for op, counted in fallbacks.items()},
         }
 
+    def forget_device_group(self) -> None:
+        """Calls that torch's group of the device runs take the communicators' next one."""
+        self._backends.pop(_DEVICE_GROUP, None)
+        for key, route in list(self._routes.items()):
+            if route.uses == _DEVICE_GROUP:
+                del self._routes[key]
+                self._others.setdefault((key[0], route.name), _Counter(route.name)).add(route)
+                if route.fallback_reason is not None:
+                    self._fallbacks[key[0], route.fallback_reason] += route.calls
+
     def close(self) -> None:
         """Later calls raise `GroupClosedError`. Idempotent."""
         self._stats_at_close = self.stats()
         self._closed = True
-        self._routes.clear()
-        self._backends.clear()
+        self._routes, self._backends = {}, {}
 
     def _resolve(
         self,
@@ -274,7 +291,7 @@ class Router:
             backend = ranged(backend, range_kind, op, self._member.name, name)
         if choice.fallback_reason is not None:
             self._log_fallback(op, choice.backend, choice.fallback_reason)
-        return _Route(backend, name, choice.fallback_reason, int(op not in _POINT_TO_POINT))
+        return _Route(backend, name, choice, int(op not in _POINT_TO_POINT))
 
     def _observe_by(self, observers: list[Observer]) -> None:
         self._observers = tuple(observers)
@@ -298,7 +315,7 @@ class Router:
         if name == "gloo":
             group = self._communicators.cpu_group
             return TorchPgBackend(self._member, group, torch.device("cpu"))
-        if name == "torch_nccl":
+        if name == _DEVICE_GROUP:
             group = self._communicators.device_group
             return TorchPgBackend(self._member, group, self._job.device)
         return LocalBackend(self._member)

@@ -22,17 +22,16 @@ from .errors import (
     DistcommError,
     GroupClosedError,
     GroupMember,
-    InitializationError,
     NotInitializedError,
     SleepError,
 )
 from .group import GroupCoordinator
 from .group_memory import GraphCapture, capture_stream
-from .job_groups import JobGroups
+from .job_groups import ALONE, JobGroups
 from .layout import AXES, ParallelLayout
 from .memory import ASLEEP, MemoryContext, SymmetricPool
 from .mesh import make_device_mesh
-from .process_groups import collective_errors, destroy_default_process_group
+from .process_groups import building_errors, collective_errors, destroy_default_process_group
 from .rendezvous import Launch
 from .sleep_steps import SleepSteps
 from .waiting import run_bounded
@@ -41,7 +40,7 @@ __all__ = ["ParallelState"]
 
 logger = logging.getLogger(__name__)
 
-_LAID_OUT = ("layout", *AXES)
+_LAID_OUT = ("layout", *AXES, ALONE)
 
 
 class ParallelState:
@@ -57,6 +56,7 @@ class ParallelState:
         rank, world_size, local_rank, device: this process's place.
         hosts: of each global rank, a name of the host that it is on.
         world, tp, cp, attn_tp, pp, dp, ep, moe_tp: the groups.
+        rank_alone: a group of this rank, which is not in `groups`.
         symmetric_pool: this process's symmetric memory; None where there can't be any.
         sleep_steps: how the ranks fall asleep and wake up in step.
     """
@@ -70,6 +70,7 @@ class ParallelState:
     dp: GroupCoordinator
     ep: GroupCoordinator
     moe_tp: GroupCoordinator
+    rank_alone: GroupCoordinator
 
     def __init__(self, launch: Launch, job: JobContext) -> None:
         """Makes the group of all ranks. Collective among all ranks of the job."""
@@ -88,9 +89,9 @@ class ParallelState:
         self._closed = False
         atexit.register(self._leave)
         try:
-            with self._building():
+            with building_errors(self.rank):
                 self.world = self._groups.make_world()
-        except DistcommError:
+        except BaseException:  # also an interrupt: nothing is left half-made
             self.close()
             raise
 
@@ -122,24 +123,26 @@ class ParallelState:
             raise AlreadyInitializedError(
                 f"there are groups already: call destroy_model_parallel() first [rank {self.rank}]"
             )
-        store = self._groups.begin_layout()
-        if not agreed:
+        if agreed:
+            self._groups.begin_layout()
+        else:
             problem = self._why_not_now() or problem
-            agree_on_layout(wish, self._launch, store, problem, self._job.timeout_s)
+            begin = self._groups.begin_layout
+            agree_on_layout(wish, self._launch, begin, problem, self._job.timeout_s)
         layout = wish.layout(self.world_size)
         if self.rank == 0 and wish.cp_layout == "auto" and layout.cp > 1:
             logger.info("cp_layout='auto' is %s for %d ranks", layout.cp_layout, self.world_size)
         try:
-            with self._building():
+            with building_errors(self.rank):
                 self._groups.lay_out(layout, wish.reserved_bytes(self._job))
                 if wish.mesh is not None:
                     self._groups.adopt_device_groups(wish.mesh)
-        except DistcommError:
+        except BaseException:
             self._groups.clear_layout()
             raise
         self.layout = layout
-        for axis in AXES:
-            setattr(self, axis, self._groups.by_name[axis])
+        for name in (*AXES, ALONE):
+            setattr(self, name, self._groups.by_name[name])
 
     def clear_layout(self) -> None:
         """Closes the groups of all axes, and what only they communicated through. Idempotent.
@@ -167,7 +170,12 @@ class ParallelState:
     @property
     def groups(self) -> dict[str, GroupCoordinator]:
         """All groups of this rank by name, also those of `create_group`."""
-        return dict(self._groups.by_name)
+        by_name = self._groups.by_name
+        return {name: group for name, group in by_name.items() if name != ALONE}
+
+    def find_group(self, name: str) -> GroupCoordinator | None:
+        """One of `groups`, or `rank_alone`; None if there is none of that name."""
+        return self._groups.by_name.get(name)
 
     @property
     def communicators(self) -> list[GroupCommunicators]:
@@ -194,7 +202,7 @@ class ParallelState:
         before all have made it.
 
         Args:
-            name: a new name, and none of an axis; the same on all members.
+            name: a new name, none of an axis nor "rank_alone"; the same on all members.
             ranks: global ranks in group order, the same on all members; this rank is one.
 
         Raises:
@@ -207,7 +215,7 @@ class ParallelState:
             raise GroupClosedError(f"create_group: the state is closed [rank {self.rank}]")
         if self.symmetric_pool is not None and self.symmetric_pool.asleep:
             raise SleepError(f"create_group: {ASLEEP}: wake_up() first [rank {self.rank}]")
-        if name in AXES or name in self._groups.by_name:
+        if name in (*AXES, ALONE) or name in self._groups.by_name:
             raise ArgumentError(
                 "name", "a new group name", f"{name!r} [rank {self.rank}]", call="create_group"
             )
@@ -350,17 +358,6 @@ class ParallelState:
                     f"first [rank {self.rank}]"
                 )
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    @contextmanager
-    def _building(self) -> Iterator[None]:
-        """What torch raises in the body says that it was initialization."""
-        try:
-            yield
-        except DistcommError:
-            raise
-        except RuntimeError as error:
-            what = "building the process groups failed"
-            raise InitializationError(what, {self.rank: str(error)}, rank=self.rank) from error
 
     def _why_not_now(self) -> DistcommError | None:
         """What is in the way of another layout on this rank."""

@@ -106,7 +106,11 @@ class PeerChannel:
         self._kernel_at = kernel_at
         self._num_mailbox_bytes = num_mailbox_bytes
         self._area = 0
-        self._connect(self._claimed())
+        try:
+            self._connect(self._claimed())
+        except BaseException:  # nobody would have the channel, to release what it has claimed
+            self.release_signals()
+            raise
         self._worked = self.problem is None
 
     def pause(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -253,6 +254,73 @@ def test_a_fallback_is_counted_with_its_reason_and_logged_once(job: Job):
         }
         place = f"[group 'cp', rank {rank} ({rank // 4} of 2)]"
         assert warnings == [f"all_reduce: using 'torch_nccl', because {reason} {place}"]
+
+
+def forget_and_fall_back_again(state: ParallelState) -> list[Any]:
+    """Calls of a group that torch runs, before and after its process group is another one."""
+    pynccl = SimpleNamespace(enabled=False)
+    communicators = SimpleNamespace(
+        pynccl=pynccl, cpu_group=state.cp.cpu_group, device_group=state.cp.cpu_group, kernels=None
+    )
+    job = SimpleNamespace(device=torch.device("cuda", 0), deterministic=False, symmetric_pool=None)
+    router = Router(state.cp.member, communicators, job)
+    x = SimpleNamespace(is_cuda=True, nbytes=12)
+    first = router.route("all_reduce", x)
+    pynccl.enabled = True
+    assert router.route("all_reduce", x) is pynccl
+    pynccl.enabled = False
+    before = router.stats()
+    router.forget_device_group()
+    assert router.stats() == before
+    communicators.device_group = state.tp.cpu_group
+    second = router.route("all_reduce", x)
+    assert second is not first
+    assert second._group is state.tp.cpu_group
+    return [before, router.stats()]
+
+
+def test_calls_take_the_next_device_group_and_go_on_counting(job: Job):
+    reason = TORCH_NCCL.fallback_reason
+    for before, after in job.run(forget_and_fall_back_again):
+        torchs = [each["ops"]["all_reduce"]["torch_nccl"] for each in (before, after)]
+        assert torchs == [
+            {"calls": 1, "bytes": 12, "last": 1},
+            {"calls": 2, "bytes": 24, "last": 3},
+        ]
+        assert [each["fallbacks"]["all_reduce"][reason] for each in (before, after)] == [1, 2]
+
+
+def test_counters_can_be_asked_for_while_a_group_closes():
+    """`close` comes between any two lines of `stats`: the same is counted."""
+    communicators = SimpleNamespace(pynccl=None, kernels=None)
+    job = SimpleNamespace(device=torch.device("cpu"), deterministic=False, symmetric_pool=None)
+    for line in range(1, 100):
+        router = Router(GroupMember("tp", (0,), 0), communicators, job)
+        router.route("all_reduce", torch.ones(3))
+        expected, num_lines = router.stats(), 0
+
+        def close_at_a_line(frame: Any, event: str, _: Any) -> Any:
+            nonlocal num_lines
+            if frame.f_code is not Router.stats.__code__:
+                return None
+            if event == "line":
+                num_lines += 1
+                if num_lines == line:  # noqa: B023 - called in this round
+                    sys.settrace(None)
+                    router.close()  # noqa: B023
+                    return None
+            return close_at_a_line
+
+        before = sys.gettrace()
+        sys.settrace(close_at_a_line)
+        try:
+            assert router.stats() == expected
+        finally:
+            sys.settrace(before)
+        if num_lines < line:
+            assert line > 5
+            return
+    pytest.fail("no end of lines")
 
 
 def count_alone(state: ParallelState) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -22,12 +24,14 @@ from distcomm import (
     ArgumentError,
     DistcommError,
     GroupClosedError,
+    GroupMember,
     LayoutError,
     NotInitializedError,
     ParallelLayout,
     ParallelState,
 )
 from distcomm.agreement import LayoutWish
+from distcomm.communicators import GroupCommunicators
 from distcomm.current import init_world
 from distcomm.layout import AXES
 from distcomm.mesh import describe_mesh, layout_of_mesh, make_device_mesh
@@ -564,3 +568,35 @@ def use_after_closing(rank: int, world_size: int, url: str) -> None:
 
 def test_a_mesh_ends_with_its_groups(workers: WorkerPool):
     workers.run(use_after_closing, fresh_init_method(), ranks=4)
+
+
+def test_an_adopted_group_is_forgotten():
+    job: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    communicators = GroupCommunicators(GroupMember("tp", (0,), 0), job, "name")
+    theirs: Any = "the mesh's"
+    with mock.patch.object(communicators, "_create", lambda backend: f"our own {backend}"):
+        for _ in range(2):
+            communicators.adopt_device_group(theirs)
+            assert communicators.device_group == theirs
+            communicators.forget_adopted()
+        assert communicators.device_group == "our own nccl"
+        communicators.adopt_device_group(theirs)
+        communicators.forget_adopted()
+        assert communicators.device_group == "our own nccl"
+
+
+def clear_what_was_adopted(rank: int, world_size: int, url: str) -> None:
+    """The group of all ranks stays, and the caller may destroy the mesh's of the same ranks."""
+    with torch_job(rank, world_size, url):
+        with start_on(mesh_of(tp=world_size)) as state:
+            communicators = state.communicators[0]
+            assert state.tp.cpu_group is state.world.cpu_group is communicators.cpu_group
+            communicators.adopt_device_group(state.tp.cpu_group)
+            with mock.patch.object(state.world, "forget_device_group") as forget:
+                state.clear_layout()
+            forget.assert_called_once_with()
+            assert communicators._adopted is None
+
+
+def test_what_was_adopted_goes_with_its_layout(workers: WorkerPool):
+    workers.run(clear_what_was_adopted, fresh_init_method(), ranks=2)

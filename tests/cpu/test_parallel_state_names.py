@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 
 import distcomm
-from distcomm import ArgumentError, NotInitializedError, ParallelState, parallel_state
+from distcomm import (
+    ArgumentError,
+    GroupClosedError,
+    GroupCoordinator,
+    LayoutError,
+    NotInitializedError,
+    ParallelState,
+    parallel_state,
+)
 from tests.cpu.job import Job, start
 from tests.worker_pool import WorkerPool, fresh_init_method
 
@@ -153,36 +163,33 @@ def test_without_a_state_each_says_so():
     assert not parallel_state.model_parallel_is_initialized()
 
 
-def means_cp(name: str, layout: distcomm.ParallelLayout) -> bool:
-    """Whether a name of cp means the cp group of this layout."""
-    if name == "get_cp_group" or layout.cp == 1:
-        return True
+def meant(name: str, axis: str, layout: distcomm.ParallelLayout) -> str:
+    """Which group of the state a name of cp or of attention's tp means in this layout."""
+    if axis == "attn_tp":  # decode context parallelism splits the cache, not attention's weights
+        return "tp" if layout.cp_layout == "adjacent_in_tp" else "attn_tp"
+    if axis != "cp" or name == "get_cp_group":
+        return axis
     if "dcp" in name or "decode" in name or name == "get_context_model_parallel_group":
-        return layout.cp_layout == "adjacent_in_tp"
+        return "cp" if layout.cp_layout == "adjacent_in_tp" else "rank_alone"
     if "pcp" in name or "prefill" in name:
-        return layout.cp_layout == "beside_tp"
-    return layout.cp_layout != "adjacent_in_tp"
+        return "cp" if layout.cp_layout == "beside_tp" else "rank_alone"
+    return "rank_alone" if layout.cp_layout == "adjacent_in_tp" else "cp"
 
 
 def check_getters(state: ParallelState) -> None:
+    def group(name: str, axis: str) -> GroupCoordinator:
+        return getattr(state, meant(name, axis, state.layout))
+
     for name, axis in GROUPS.items():
-        if axis == "cp" and not means_cp(name, state.layout):
-            with pytest.raises(NotInitializedError, match=f"cp is {state.layout.cp_layout} in"):
-                getattr(parallel_state, name)()
-        else:
-            assert getattr(parallel_state, name)() is getattr(state, axis), name
-    for names, attribute, alone in ((SIZES, "world_size", 1), (RANKS, "rank_in_group", 0)):
+        assert getattr(parallel_state, name)() is group(name, axis), name
+    for names, attribute in ((SIZES, "world_size"), (RANKS, "rank_in_group")):
         for name, axis in names.items():
-            is_cp = axis != "cp" or means_cp(name, state.layout)
-            expected = getattr(getattr(state, axis), attribute) if is_cp else alone
-            assert getattr(parallel_state, name)() == expected, name
+            assert getattr(parallel_state, name)() == getattr(group(name, axis), attribute), name
     for name, (axis, attribute) in ATTRIBUTES.items():
-        if axis != "cp" or means_cp(name, state.layout):
-            expected = getattr(getattr(state, axis), attribute)
-            assert getattr(parallel_state, name)() == expected, name
+        assert getattr(parallel_state, name)() == getattr(group(name, axis), attribute), name
     assert parallel_state.get_parallel_state() is state
     assert parallel_state.get_node_count() == 1
-    assert parallel_state.is_local_first_rank() == (state.local_rank == 0)
+    assert parallel_state.is_local_first_rank() == (state.rank == 0)
     assert parallel_state.model_parallel_is_initialized()
 
 
@@ -204,6 +211,99 @@ def test_each_returns_what_the_state_has(workers: WorkerPool, sizes: dict[str, A
     workers.run(get_all, fresh_init_method(), sizes, ranks=8)
 
 
+def check_decode_cp(rank: int, world_size: int, url: str) -> None:
+    with start(rank, world_size, url, tp=8, cp=2, cp_layout="adjacent_in_tp") as state:
+        for name in ("get_attn_tp_group", "get_attention_tp_group"):
+            assert getattr(parallel_state, name)().ranks == list(range(8))
+        assert parallel_state.get_attention_tp_size() == 8
+        assert parallel_state.get_attn_tensor_model_parallel_rank() == rank
+        x = torch.tensor([rank])
+        assert parallel_state.attention_tensor_model_parallel_all_reduce(x).item() == sum(range(8))
+        assert distcomm.get_attn_tp_group() is state.attn_tp
+        assert state.attn_tp.ranks == list(range(rank % 2, 8, 2))
+
+
+def test_decode_cp_leaves_attentions_tp_whole(workers: WorkerPool):
+    workers.run(check_decode_cp, fresh_init_method(), ranks=8)
+
+
+def check_alone(rank: int, world_size: int, url: str) -> None:
+    parallel_state.init_distributed_environment(world_size, rank, url, rank, "gloo", 20)
+    state = parallel_state.initialize_model_parallel(2, decode_context_parallel_size=2)
+    names = ("get_pcp_group", "get_attn_cp_group", "get_moe_dp_group", "get_context_parallel_group")
+    for name in names:
+        group = getattr(parallel_state, name)()
+        assert (group.ranks, group.world_size, group.rank_in_group) == ([rank], 1, 0)
+        assert group.all_gather_object(rank) == [rank]
+        assert group.all_reduce(torch.tensor([rank])).item() == rank
+    assert dist.get_process_group_ranks(group.cpu_group) == [rank]
+    with parallel_state.graph_capture():
+        group.barrier()
+    assert "rank_alone" not in state.groups
+    with pytest.raises(ArgumentError, match="name must be a new group name; got 'rank_alone'"):
+        state.create_group("rank_alone", [0, 1])
+    x, out = torch.randn(3, 2), torch.empty(3, 2)
+    assert torch.equal(parallel_state.attn_cp_all_gather_into_tensor(out, x), x)
+    parallel_state.destroy_model_parallel()
+    with pytest.raises(GroupClosedError):
+        group.barrier()
+    with pytest.raises(NotInitializedError, match="initialize_model_parallel"):
+        parallel_state.get_pcp_group()
+    with pytest.raises(ArgumentError, match="name must be a new group name; got 'rank_alone'"):
+        state.create_group("rank_alone", [0, 1])
+    parallel_state.initialize_model_parallel(2)
+    assert parallel_state.get_dcp_group().ranks == parallel_state.get_pcp_group().ranks == [rank]
+    assert parallel_state.get_pcp_group() is not group
+    parallel_state.destroy_distributed_environment()
+
+
+def test_a_kind_of_cp_that_the_layout_has_not_is_one_rank(workers: WorkerPool):
+    workers.run(check_alone, fresh_init_method(), ranks=2)
+
+
+def check_ensure(rank: int, world_size: int, url: str) -> None:
+    ensure = parallel_state.ensure_model_parallel_initialized
+    parallel_state.init_distributed_environment(world_size, rank, url, rank, "gloo", 20)
+    state = ensure(2, 1, 2, 1, "gloo")
+    assert (state.layout.cp, state.layout.cp_layout) == (2, "beside_tp")
+    assert ensure(2, 1, 2) is ensure(2, 1, 2, 1, "gloo") is ensure(2, 1, 2, None, None) is state
+    assert ensure(2, 1, context_parallel_size=2) is state
+    for arguments, options, problem in (
+        ((1, 1, 2), {}, "tensor_model_parallel_size must be 2, as .* got 1"),
+        ((2, 2, 2), {}, "pipeline_model_parallel_size must be 1, as .* got 2"),
+        ((2, 1), {}, "prefill_context_model_parallel_size must be 2, as .* got 1"),
+        ((2, 1, 4), {}, "prefill_context_model_parallel_size must be 2, as .* got 4"),
+        ((2, 1, 1, 2), {}, "prefill_context_model_parallel_size must be 2, as .* got 1"),
+        ((2, 1, 2, 2), {}, "decode_context_model_parallel_size must be left out or 1 beside"),
+        ((2, 1, 2, 0), {}, "decode_context_model_parallel_size must be left out or 1 beside"),
+        ((2, 1, 2, 1, "nccl"), {}, "backend must be None, or the one of cpu"),
+        ((2, 1, 2), {"expert_model_parallel_size": 2}, "expert_model_parallel_size must be 1, as"),
+        ((2, 1, 2), {"moe_data_model_parallel_size": 2}, "moe_data_model_parallel_size must be 1"),
+        ((2, 1, 2), {"symmetric_reserve": "much"}, "symmetric_reserve must be"),
+    ):
+        with pytest.raises(ArgumentError, match=problem):
+            ensure(*arguments, **options)
+    with pytest.raises(TypeError, match="nonsense"):
+        ensure(2, 1, 2, nonsense=7)
+    parallel_state.destroy_model_parallel()
+    with pytest.raises(TypeError, match="nonsense"):
+        ensure(2, 1, 2, nonsense=7)
+    ensure(4, 1, 1, 2)
+    assert parallel_state.get_dcp_group().ranks == [rank // 2 * 2, rank // 2 * 2 + 1]
+    with pytest.raises(ArgumentError, match="decode_context_model_parallel_size must be 2, as"):
+        ensure(4, 1)
+    parallel_state.destroy_model_parallel()
+    with pytest.raises(LayoutError, match="cp must be a positive int; got 0"):
+        parallel_state.initialize_model_parallel(4, decode_context_model_parallel_size=0)
+    parallel_state.initialize_model_parallel(4, decode_context_model_parallel_size=None)
+    assert state.layout.cp == 1
+    parallel_state.destroy_distributed_environment()
+
+
+def test_ensure_compares_all_sizes(workers: WorkerPool):
+    workers.run(check_ensure, fresh_init_method(), ranks=4)
+
+
 def find_neighbours_on_two_hosts(rank: int, world_size: int, url: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NCCL_HOSTID", "first" if rank in (0, 3) else "second")
@@ -211,6 +311,8 @@ def find_neighbours_on_two_hosts(rank: int, world_size: int, url: str) -> None:
             assert parallel_state.get_node_count() == 2
             nodes = parallel_state.in_the_same_node_as
             assert nodes(state.world) == [True, False, False, True]
+            assert nodes(pg=state.world, source_rank=2) == [False, True, True, False]
+            assert parallel_state.is_local_first_rank() == (rank < 2)
             assert nodes(state.world, source_rank=1) == [False, True, True, False]
             group = state.create_group("turned", [3, 2, 1, 0])
             assert nodes(group, 1) == [False, True, True, False]
@@ -260,6 +362,59 @@ def call_collectives(state: ParallelState) -> None:
 
 def test_collectives_are_those_of_the_group(job: Job):
     job.run(call_collectives)
+
+
+# Compiled functions
+
+OUTSIDE_GRAPHS = {"broadcast_tensor_dict", "tensor_model_parallel_gather"}
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="eager")(*args)
+
+
+def call_one(name: str, x: torch.Tensor) -> Any:
+    """Calls a collective of one tensor, [2, 4]."""
+    function, cp = getattr(parallel_state, name), parallel_state.get_attention_cp_size()
+    if name.endswith("rmsnorm"):
+        return function(x, x * 2, x[0] + 1, 1e-5)
+    if name.endswith("gather_into_tensor"):
+        return function(x.new_empty(2 * cp, 4), x)
+    if name.endswith("scatter_tensor"):
+        return function(x.new_empty(2, 4), x.repeat(cp, 1))
+    return function({"x": x} if name == "broadcast_tensor_dict" else x)
+
+
+def check_compiled(rank: int, world_size: int, url: str, sizes: dict[str, Any]) -> None:
+    def add(x: torch.Tensor, getter: Callable[[], Any]) -> torch.Tensor:
+        number = getter()
+        return x + (sum(number) if isinstance(number, list) else int(number))
+
+    with start(rank, world_size, url, **sizes):
+        x = torch.arange(8.0).view(2, 4) + rank
+        numbers = [*SIZES, *RANKS, *ATTRIBUTES, "get_node_count", "is_local_first_rank"]
+        for name in numbers:
+            getter = getattr(parallel_state, name)
+            assert torch.equal(compiled(add, x, getter), add(x, getter)), name
+        for name in GROUPS:
+            getter = getattr(parallel_state, name)
+            found = compiled(lambda x, getter=getter: getter().all_reduce(x), x)
+            assert torch.equal(found, getter().all_reduce(x)), name
+        for name in sorted(COLLECTIVES.keys() - OUTSIDE_GRAPHS):
+            torch.testing.assert_close(compiled(call_one, name, x), call_one(name, x), msg=name)
+        for name in OUTSIDE_GRAPHS:
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="part of a compiled graph"):
+                compiled(call_one, name, x)
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tp": 2, "ep": 2}, {"tp": 2, "cp": 2, "cp_layout": "adjacent_in_tp"}]
+)
+def test_each_can_be_part_of_a_compiled_graph(sizes: dict[str, Any]):
+    with WorkerPool(2, timeout_s=200) as pool:
+        pool.run(check_compiled, fresh_init_method(), sizes, ranks=2)
 
 
 # Hosts

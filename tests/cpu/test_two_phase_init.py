@@ -378,14 +378,14 @@ def test_a_rank_that_does_not_come_is_named(workers: WorkerPool):
 
 
 @in_an_environment
-def fail_while_building(state: ParallelState) -> str:
+def fail_while_building(state: ParallelState, error: Exception) -> str:
     """Rank 3 can't make its cp group at first; then all can."""
     make, calls = c10d._new_process_group_helper, []
 
     def make_or_fail(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         if state.rank == 3 and len(calls) == 2:
-            raise RuntimeError("out of sockets")
+            raise error
         return make(*args, **kwargs)
 
     before = num_process_groups()
@@ -404,8 +404,10 @@ def fail_while_building(state: ParallelState) -> str:
     return str(caught.value)
 
 
-def test_a_failure_while_building_leaves_the_world_alone(workers: WorkerPool):
-    results = workers.run(fail_while_building, fresh_init_method(), ranks=4, timeout=SHORT_S)
+@pytest.mark.parametrize("error", [RuntimeError("out of sockets"), ValueError("out of sockets")])
+def test_a_failure_while_building_leaves_the_world_alone(workers: WorkerPool, error: Exception):
+    url = fresh_init_method()
+    results = workers.run(fail_while_building, url, error, ranks=4, timeout=SHORT_S)
     for text in results:
         assert "rank 3: making the cp group failed: out of sockets" in text
     assert len({text.split("\n", 1)[1] for text in results}) == 1

@@ -143,7 +143,17 @@ def take_turns_with_kernels(rank: int, world: int, url: str) -> None:
         {"tensor_model_parallel_size": world, "attention_context_model_parallel_size": 2},
     ]
     with environment(rank, world, url, tune="shipped") as state:
-        claims = []
+        pool = state.symmetric_pool
+        assert pool is not None
+        claims: list[list[tuple[int, int]]] = []
+        held: list[list[tuple[int, int]]] = []  # when the GPU was waited for
+        wait = state.wait_for_device
+
+        def wait_for_device() -> None:
+            held.append(sorted(pool.signal_claims))
+            wait()
+
+        state.wait_for_device = wait_for_device
         for _ in range(3):
             for sizes in layouts:
                 initialize_model_parallel(**sizes, symmetric_reserve="64MiB")
@@ -159,10 +169,13 @@ def take_turns_with_kernels(rank: int, world: int, url: str) -> None:
                         torch.cuda.synchronize()
                         group.barrier()
                         assert channel.signals_are_at_rest()
-                assert state.symmetric_pool is not None
-                claims.append(sorted(state.symmetric_pool.signal_claims))
+                claims.append(sorted(pool.signal_claims))
                 destroy_model_parallel()
+                assert sorted(pool.signal_claims) == claims[-1]  # peers may still write there
         assert claims[:3] == claims[3:6] == claims[6:9]
+        # Before each layout but the first: nobody's mailbox is given away while it is written to.
+        # Of two ranks, all groups have the mailbox of the group of all ranks, which stays.
+        assert held == (claims[:-1] if world > 2 else [])
 
 
 def test_mailboxes_pass_from_layout_to_layout(gpus: WorkerPool, world: int) -> None:
