@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 # A compiler's advice to multiply less exactly.
 warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled")
 
 import torch
 from demo_collectives import CallCounts, CallTimer, collectives_table
