@@ -4,8 +4,9 @@ It has two halves, for callers who know the sizes later than the launch: `init_w
 `lay_out_world`.
 
 The one mutable state of this package is `_current`, the `ParallelState` in force; but for what a
-process has only once: torch's allocator settings (`memory/alloc_conf.py`), and its end
-(`nccl/process_end.py`).
+process has only once: torch's allocator settings (`memory/alloc_conf.py`), its end
+(`nccl/process_end.py`), torch's operators (`graph_ops.py`), and how many groups it has had
+(`group.py`).
 """
 
 from __future__ import annotations
