@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 import torch._inductor.config
 from torch import nn
 from torch.nn import functional
@@ -25,9 +26,11 @@ MOST = 64  # sequences
 
 @contextmanager
 def dynamo() -> Iterator[Counter[str]]:
-    """With nothing compiled at the beginning; counts what Dynamo does."""
+    """With nothing compiled at the beginning, nor on disk; counts what Dynamo does."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    torch._inductor.config.fx_graph_cache = False
+    torch._functorch.config.enable_autograd_cache = False
     torch._inductor.config.compile_threads = 1  # no processes of its own for each of the workers
     stats: Counter[str] = torch._dynamo.utils.counters["stats"]
     yield stats

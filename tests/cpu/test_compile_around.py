@@ -101,7 +101,7 @@ def cached(rank: int, world: int, url: str, compiled_once: Path) -> None:
     sizes = [1 + 4 * number for number in range(world)]
 
     def step(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return state.tp.reduce_scatterv(x, sizes) * 2, state.tp.all_gather(x, 0) * 2
+        return state.tp.reduce_scatterv(x, sizes), state.tp.all_gather(x, 0)
 
     def told(backend: TorchPgBackend, *args: Any, **kwargs: Any) -> torch.Tensor:
         compiled_once.touch()
