@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import library as torch_library
 
 from .checks import (
     check_dim,
@@ -28,7 +29,7 @@ from .group import GroupCoordinator
 
 __all__ = ["OPERATORS"]
 
-_library = torch.library.Library("distcomm", "DEF")
+_library = torch_library.Library("distcomm", "DEF")
 
 OPERATORS: list[str] = []
 """Names of all operators."""
@@ -61,8 +62,8 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
             tags=(torch.Tag.pt2_compliant_tag,),
         )
         _library.impl(name, run, "CompositeExplicitAutograd")
-        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"distcomm::{name}", run_fake, lib=_library)
+        _library.impl(name, torch_library.fallthrough_kernel, "Autograd")
+        torch_library.register_fake(f"distcomm::{name}", run_fake, lib=_library)
         OPERATORS.append(name)
         return function
 

@@ -9,6 +9,7 @@ rank alone in others.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,10 @@ def in_the_same_node_as(
     """For each rank of a group, whether it is on the same host as the group's `source_rank`.
 
     Local: the ranks have told each other when the job began.
+
+    Raises:
+        ArgumentError: `source_rank` is no rank in the group.
+        NotInitializedError: there is no state.
     """
     ranks = pg.ranks if isinstance(pg, GroupCoordinator) else dist.get_process_group_ranks(pg)
     if type(source_rank) is not int or not 0 <= source_rank < len(ranks):
@@ -182,12 +187,13 @@ def in_the_same_node_as(
 
 
 def get_node_count() -> int:
-    """How many hosts the job is on."""
+    """How many hosts the job is on. Local. Raises `NotInitializedError` without a state."""
     return len(set(get_parallel_state().hosts))
 
 
 def is_local_first_rank() -> bool:
-    """Whether this is the first process on its host."""
+    """Whether this is the first process on its host. Local. Raises `NotInitializedError` without a
+    state."""
     state = get_parallel_state()
     return state.hosts.index(state.hosts[state.rank]) == state.rank
 
@@ -195,20 +201,34 @@ def is_local_first_rank() -> bool:
 # ---- the module's names ---------------------------------------------------------------------
 
 
+_LOCAL = "Local. Raises `NotInitializedError` if there are no such groups."
+
+
+def _doc_of_collective(what: str) -> str:
+    """Of what is ``group.method``: with shapes and errors as they are there."""
+    of, method = what.split(".")
+    return (
+        f"`{method}` of the {of} group, with an engine's names of arguments. Collective among its "
+        "ranks.\n\nRaises `NotInitializedError` if there are no such groups. The method says:\n\n"
+        f"{inspect.getdoc(getattr(GroupCoordinator, method))}"
+    )
+
+
 def _made() -> dict[str, Callable[..., Any]]:
     """The functions of all tables by name. Those that `current` has for the same are its own."""
     made: dict[str, tuple[Callable[..., Any], str]] = {}
     for of, names in GROUPS.items():
         for name in names:
-            made[name] = _group_getter(of), f"The {of} group."
+            made[name] = _group_getter(of), f"The {of} group. {_LOCAL}"
     for of, pairs in SIZES_AND_RANKS.items():
         for size, rank in pairs:
-            made[size] = _attribute_getter(of, "world_size"), f"Size of the {of} group."
-            made[rank] = _attribute_getter(of, "rank_in_group"), f"Rank in the {of} group."
+            made[size] = _attribute_getter(of, "world_size"), f"Size of the {of} group. {_LOCAL}"
+            doc = f"This rank's index in the {of} group. {_LOCAL}"
+            made[rank] = _attribute_getter(of, "rank_in_group"), doc
     for name, (of, attribute) in ATTRIBUTES.items():
-        made[name] = _attribute_getter(of, attribute), f"`{attribute}` of the {of} group."
+        made[name] = _attribute_getter(of, attribute), f"`{attribute}` of the {of} group. {_LOCAL}"
     for name, (function, what) in COLLECTIVES.items():
-        made[name] = function, f"`{what}` of the state in force."
+        made[name] = function, _doc_of_collective(what)
     for name, (function, doc) in made.items():
         function.__name__ = function.__qualname__ = name
         function.__doc__ = doc

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
+from torch import library as torch_library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distcomm import GroupCoordinator, ParallelState, graph_ops
@@ -18,20 +19,6 @@ from tests.cpu.job import Job
 from tests.worker_pool import WorkerPool
 
 ROWS = 6  # of each rank's tensors; divisible by 2 and 3
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[WorkerPool]:
-    """With time to compile, which ranks aren't done with at once."""
-    with WorkerPool(3, timeout_s=200) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def job(workers: WorkerPool) -> Iterator[Job]:
-    job = Job(workers, 2, tp=2, timeout=100)
-    yield job
-    job.close()
 
 
 # ---- a block of a model -----------------------------------------------------------------------
@@ -54,9 +41,9 @@ def compiled_block(state: ParallelState, dynamic: bool | None, batches: Sequence
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_a_block_has_one_graph_for_all_batch_sizes(job: Job, dynamic: bool | None) -> None:
+def test_a_block_has_one_graph_for_all_batch_sizes(compile_job: Job, dynamic: bool | None) -> None:
     """The first batch of 1 has a graph of its own: torch makes sizes of 1 constant."""
-    job.run(compiled_block, dynamic, [1, *range(2, MOST + 1, 3), MOST, 1])
+    compile_job.run(compiled_block, dynamic, [1, *range(2, MOST + 1, 3), MOST, 1])
 
 
 # ---- all collectives --------------------------------------------------------------------------
@@ -122,13 +109,13 @@ def calls_of(group: GroupCoordinator, x: torch.Tensor) -> int:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_collectives_give_eagers_results(job: Job, backend: str) -> None:
-    job.run(like_eager, backend)
+def test_collectives_give_eagers_results(compile_job: Job, backend: str) -> None:
+    compile_job.run(like_eager, backend)
 
 
 @pytest.mark.timeout(300)
-def test_three_ranks(workers: WorkerPool) -> None:
-    job = Job(workers, 3, tp=3, timeout=100)
+def test_three_ranks(compile_workers: WorkerPool) -> None:
+    job = Job(compile_workers, 3, tp=3, timeout=100)
     job.run(like_eager, "aot_eager")
     job.close()
 
@@ -158,8 +145,8 @@ def alone(state: ParallelState) -> None:
         assert not any("distcomm" in node for node in nodes)
 
 
-def test_a_group_of_one_copies_nothing(job: Job) -> None:
-    job.run(alone)
+def test_a_group_of_one_copies_nothing(compile_job: Job) -> None:
+    compile_job.run(alone)
 
 
 def opchecks(state: ParallelState) -> None:
@@ -186,12 +173,12 @@ def opchecks(state: ParallelState) -> None:
     for name, values in arguments.items():
         operator = getattr(torch.ops.distcomm, name).default
         order = torch.zeros(1, dtype=torch.int8)
-        torch.library.opcheck(operator, (order, *values, group), test_utils=utils)
+        torch_library.opcheck(operator, (order, *values, group), test_utils=utils)
 
 
 @pytest.mark.timeout(300)
-def test_torch_finds_the_operators_well_made(job: Job) -> None:
-    job.run(opchecks)
+def test_torch_finds_the_operators_well_made(compile_job: Job) -> None:
+    compile_job.run(opchecks)
 
 
 # ---- the same calls in the same order ---------------------------------------------------------
@@ -223,8 +210,8 @@ def unused_results(state: ParallelState) -> list[str]:
 
 
 @pytest.mark.timeout(300)
-def test_nothing_is_dropped_or_reordered(job: Job) -> None:
-    for calls in job.run(unused_results):
+def test_nothing_is_dropped_or_reordered(compile_job: Job) -> None:
+    for calls in compile_job.run(unused_results):
         names = [call.removeprefix("distcomm::") for call in calls]
         assert names == ["all_reduce", "all_gather", "all_reduce", "broadcast"]
 
@@ -244,8 +231,8 @@ def eager_dispatches(state: ParallelState) -> list[str]:
     return seen
 
 
-def test_eager_calls_use_no_operators(job: Job) -> None:
-    for seen in job.run(eager_dispatches):
+def test_eager_calls_use_no_operators(compile_job: Job) -> None:
+    for seen in compile_job.run(eager_dispatches):
         assert seen
         assert not any("distcomm" in name for name in seen)
 
@@ -263,6 +250,6 @@ def gradients(state: ParallelState) -> None:
             assert torch.equal(weight.grad, torch.full((4, 4), 4.0 * state.tp.world_size))
 
 
-def test_no_gradients_flow_through(job: Job) -> None:
+def test_no_gradients_flow_through(compile_job: Job) -> None:
     """Where something else needs some, they are right but for what went through a collective."""
-    job.run(gradients)
+    compile_job.run(gradients)

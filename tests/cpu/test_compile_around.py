@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,6 @@ from tests.cpu.job import Job, start
 from tests.worker_pool import WorkerPool, fresh_init_method
 
 ROWS = 6
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[WorkerPool]:
-    """With time to compile, which ranks aren't done with at once."""
-    with WorkerPool(3, timeout_s=200) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def job(workers: WorkerPool) -> Iterator[Job]:
-    job = Job(workers, 2, tp=2, timeout=100)
-    yield job
-    job.close()
 
 
 # ---- while others compile -----------------------------------------------------------------------
@@ -71,8 +57,8 @@ def during_compilation(state: ParallelState) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_eager_calls_during_a_compilation(job: Job) -> None:
-    job.run(during_compilation)
+def test_eager_calls_during_a_compilation(compile_job: Job) -> None:
+    compile_job.run(during_compilation)
 
 
 def in_inference_mode(rank: int, world: int, url: str) -> None:
@@ -173,8 +159,8 @@ def outside(state: ParallelState) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_other_calls_end_a_graph(job: Job) -> None:
-    job.run(outside)
+def test_other_calls_end_a_graph(compile_job: Job) -> None:
+    compile_job.run(outside)
 
 
 # ---- errors -----------------------------------------------------------------------------------
@@ -202,8 +188,8 @@ def bad_input(state: ParallelState) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_bad_input_is_named(job: Job) -> None:
-    job.run(bad_input)
+def test_bad_input_is_named(compile_job: Job) -> None:
+    compile_job.run(bad_input)
 
 
 def closed_groups(rank: int, world: int, urls: list[str]) -> None:
